@@ -1,0 +1,69 @@
+# `make help` lists the targets. Everything runs in .venv, which is made where it is missing or old.
+PYTHON ?= $(shell command -v python3.11 || command -v python3)
+BIN := .venv/bin
+READY := .venv/.ready
+UV_VERSION := 0.13.9
+
+SCALE ?= demo
+SWEEPS ?= pwd adamw
+WORKERS ?= $(shell $(PYTHON) -c 'import os; print(os.cpu_count() if "$(SCALE)" != "paper" else 1)')
+EXPERIMENTS = $(patsubst configs/experiment/%.yaml,%,$(wildcard configs/experiment/$(SCALE)/*.yaml))
+
+.DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
+.PHONY: help setup lock data sweep figures reproduce-figures dashboard sync test lint clean
+
+help: ## list the targets
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-18s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+
+setup: $(READY) ## build .venv from requirements.lock and install the package into it
+
+$(READY): requirements.lock pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+		{ echo "Python 3.11 or newer is needed; name one with make PYTHON=/path/to/python3.11"; exit 1; }
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check uv==$(UV_VERSION)
+	VIRTUAL_ENV=.venv $(BIN)/uv pip install --quiet -r requirements.lock
+	VIRTUAL_ENV=.venv $(BIN)/uv pip install --quiet --no-deps --no-build-isolation -e .
+	@touch $@
+
+lock: $(READY) ## pin again what pyproject.toml asks for, into requirements.lock
+	$(BIN)/uv pip compile --quiet --universal --python-version 3.11 --no-emit-index-url --no-header \
+		--upgrade --extra experiments --extra dev pyproject.toml -o requirements.lock
+
+data: $(READY) ## fetch CIFAR-10 and Tiny Shakespeare into data/
+	$(BIN)/python scripts/download_data.py
+
+sweep: $(READY) ## run what is missing of the SCALE sweep (demo, cpu or paper) and record it
+	@test -n "$(EXPERIMENTS)" || { echo "SCALE=$(SCALE): no such folder in configs/experiment"; exit 1; }
+	set -e; for experiment in $(EXPERIMENTS); do for sweep in $(SWEEPS); do \
+		$(BIN)/python experiments/train.py -m experiment=$$experiment sweep=$$sweep \
+			hydra/launcher=joblib hydra.launcher.n_jobs=$(WORKERS); \
+	done; done
+	$(BIN)/python scripts/collect.py --scale $(SCALE)
+
+figures: $(READY) ## draw every figure and table from results/*/*.csv
+	$(BIN)/python experiments/toy.py
+	$(BIN)/python scripts/plot.py
+	$(BIN)/python scripts/tabulate.py
+
+reproduce-figures: sweep figures ## the main job: sweep, then figures (SCALE=demo, cpu or paper)
+
+dashboard: $(READY) ## browse the offline W&B runs in the terminal
+	@test -d runs/wandb || { echo "no runs yet: make reproduce-figures makes some"; exit 1; }
+	$(BIN)/wandb leet runs/wandb
+
+sync: $(READY) ## upload the offline W&B runs to a W&B server (after .venv/bin/wandb login)
+	$(BIN)/wandb sync runs/wandb/offline-run-*
+
+test: $(READY) ## run the tests
+	$(BIN)/python -m pytest
+
+lint: $(READY) ## check style and types
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+clean: ## remove .venv and caches; runs/, data/ and results/ stay
+	rm -rf .venv .mypy_cache .pytest_cache .ruff_cache .hypothesis pwd/*.egg-info
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +

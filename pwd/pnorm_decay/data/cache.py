@@ -1,0 +1,81 @@
+"""A decoded image data set: six tensors in memory, one checked file on the disk."""
+
+import zipfile
+from dataclasses import dataclass, fields
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from pnorm_decay.data.files import atomic_write
+
+# What NumPy raises on a truncated or altered file: its members carry checksums.
+DAMAGED_CACHE_ERRORS = (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile)
+
+
+@dataclass(frozen=True)
+class Images:
+    """A data set of images in two parts, with the training part's mean and deviation.
+
+    Images are uint8 `(N, C, H, W)`, labels int64 `(N,)`, mean and std float32 `(C,)` in pixel
+    values from 0 to 255.
+    """
+
+    train_images: Tensor
+    train_labels: Tensor
+    val_images: Tensor
+    val_labels: Tensor
+    mean: Tensor
+    std: Tensor
+
+    @classmethod
+    def from_arrays(
+        cls,
+        train_images: np.ndarray,
+        train_labels: np.ndarray,
+        val_images: np.ndarray,
+        val_labels: np.ndarray,
+    ) -> "Images":
+        """Take the arrays as they are and measure the training part."""
+        # Counting the 256 values of each channel is exact, and needs no copy in floating point.
+        channels = train_images.shape[1]
+        counts = np.stack(
+            [np.bincount(train_images[:, c].ravel(), minlength=256) for c in range(channels)]
+        )
+        values = np.arange(256)
+        mean = counts @ values / counts.sum(axis=1)
+        variance = counts @ values**2 / counts.sum(axis=1) - mean**2
+        return cls(
+            torch.from_numpy(train_images),
+            torch.from_numpy(train_labels),
+            torch.from_numpy(val_images),
+            torch.from_numpy(val_labels),
+            torch.from_numpy(mean).float(),
+            torch.from_numpy(np.sqrt(variance)).float(),
+        )
+
+    def to(self, device: torch.device) -> "Images":
+        """Move everything to a device."""
+        return Images(**{name: tensor.to(device) for name, tensor in vars(self).items()})
+
+    @classmethod
+    def read(cls, path: Path) -> "Images":
+        """Read what `write` wrote.
+
+        Raises:
+            One of DAMAGED_CACHE_ERRORS: the file is not whole.
+        """
+        with np.load(path, allow_pickle=False) as arrays:
+            return cls(
+                **{field.name: torch.from_numpy(arrays[field.name]) for field in fields(cls)}
+            )
+
+    def write(self, path: Path) -> None:
+        """Write everything to one file, which appears whole or not at all.
+
+        Raises:
+            DataError: the folder cannot be written or the disk is full.
+        """
+        with atomic_write(path) as file:
+            np.savez(file, **{name: tensor.numpy() for name, tensor in vars(self).items()})

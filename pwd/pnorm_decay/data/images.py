@@ -1,0 +1,252 @@
+"""Images on the device as one uint8 tensor: scikit-learn's digits, and CIFAR-10."""
+
+import logging
+from abc import abstractmethod
+from collections.abc import Hashable, Iterator
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from pnorm_decay.data import augment, cifar10
+from pnorm_decay.data.base import Dataset, check_batch_size, keep_latest, random_stream
+from pnorm_decay.data.cache import DAMAGED_CACHE_ERRORS, Images
+from pnorm_decay.data.sources import fingerprint
+
+logger = logging.getLogger(__name__)
+
+ORDER, AUGMENTATION = 0, 1  # this module's purposes for random_stream
+
+
+class ImageDataset(Dataset):
+    """Images in two parts, augmented in training.
+
+    Args:
+        crop_padding: black pixels around an image, out of which a random window is cut; 0 = off.
+        flip: mirror every second image, by chance.
+        rotation_degrees: turn each image by an angle drawn from +- this; 0 = off.
+
+    Raises:
+        ValueError: `crop_padding` is negative, or `rotation_degrees` outside [0, 180].
+    """
+
+    def __init__(self, crop_padding: int, flip: bool, rotation_degrees: float) -> None:
+        if crop_padding < 0:
+            raise ValueError(f"crop_padding must not be negative, got {crop_padding}")
+        if not 0 <= rotation_degrees <= 180:
+            raise ValueError(f"rotation_degrees must be in [0, 180], got {rotation_degrees}")
+        self.crop_padding = crop_padding
+        self.flip = flip
+        self.rotation_degrees = rotation_degrees
+        self._loaded: Images | None = None
+        self._order: tuple[tuple[int, int], Tensor] | None = None
+
+    @abstractmethod
+    def _load(self) -> Images:
+        """Read everything, on the CPU."""
+
+    @abstractmethod
+    def _source(self) -> Hashable:
+        """Say where the images come from: instances that agree share what is loaded."""
+
+    def setup(self, device: torch.device) -> None:
+        """See `Dataset.setup`."""
+        key = (type(self), self._source(), str(device))
+        self._loaded = keep_latest(key, lambda: self._load().to(device))
+        self._order = None
+
+    @property
+    def _images(self) -> Images:
+        if self._loaded is None:
+            raise RuntimeError("call setup(device) before using the data")
+        return self._loaded
+
+    @property
+    def model_args(self) -> dict[str, int]:
+        """`num_classes` (ten in either data set) and `in_channels`."""
+        return {"num_classes": 10, "in_channels": self._images.train_images.shape[1]}
+
+    def steps_per_epoch(self, batch_size: int) -> int:
+        """See `Dataset.steps_per_epoch`."""
+        count = len(self._images.train_labels)
+        check_batch_size(batch_size, limit=count)
+        return count // batch_size
+
+    def train_batch(self, step: int, batch_size: int, seed: int) -> tuple[Tensor, Tensor]:
+        """The next images in the epoch's order, augmented and normalised.
+
+        Every epoch is a permutation of the training part; what is left after the last full batch
+        is dropped.
+
+        Returns:
+            Images, float32 `(batch_size, C, H, W)`, of mean 0 and deviation 1 in each channel over
+            the training part; labels, int64 `(batch_size,)`.
+        """
+        epoch, position = divmod(step, self.steps_per_epoch(batch_size))
+        first = position * batch_size
+        chosen = self._epoch_order(seed, epoch)[first : first + batch_size]
+        images = self._augment(self._images.train_images[chosen], seed, step)
+        return self._normalise(images), self._images.train_labels[chosen]
+
+    def val_batches(self, batch_size: int) -> Iterator[tuple[Tensor, Tensor]]:
+        """See `Dataset.val_batches`; normalised as the training part is, not augmented."""
+        check_batch_size(batch_size)
+        images, labels = self._images.val_images, self._images.val_labels
+        for x, y in zip(images.split(batch_size), labels.split(batch_size), strict=True):
+            yield self._normalise(x), y
+
+    def _epoch_order(self, seed: int, epoch: int) -> Tensor:
+        if self._order is None or self._order[0] != (seed, epoch):
+            labels = self._images.train_labels
+            order = random_stream(ORDER, seed, epoch).permutation(len(labels))
+            self._order = ((seed, epoch), torch.from_numpy(order).to(labels.device))
+        return self._order[1]
+
+    def _augment(self, images: Tensor, seed: int, step: int) -> Tensor:
+        """Crop, flip and rotate, as configured.
+
+        Everything is drawn whatever is switched on, so that a switch changes nothing else.
+        """
+        stream, count = random_stream(AUGMENTATION, seed, step), len(images)
+        places = stream.integers(2 * self.crop_padding + 1, size=(2, count))
+        flips = stream.integers(2, size=(1, count))
+        angles = stream.uniform(-1, 1, size=count).astype(np.float32) * self.rotation_degrees
+        # One transfer for all that is whole numbers.
+        draws = torch.from_numpy(np.concatenate([places, flips]))
+        top, left, flipped = draws.to(images.device, non_blocking=True)
+        if self.crop_padding:
+            images = augment.crop(images, top, left, self.crop_padding)
+        if self.flip:
+            images = augment.flip(images, flipped.bool())
+        if self.rotation_degrees:
+            degrees = torch.from_numpy(angles).to(images.device, non_blocking=True)
+            images = augment.rotate(images.float(), degrees)
+        return images
+
+    def _normalise(self, images: Tensor) -> Tensor:
+        mean, std = self._images.mean.view(-1, 1, 1), self._images.std.view(-1, 1, 1)
+        return images.float().sub_(mean).div_(std)
+
+
+class Digits(ImageDataset):
+    """scikit-learn's digits: 1,797 grey images of 8 x 8 pixels, which its package ships.
+
+    They are the test part of UCI's data set (13 people's handwriting) and have no split of their
+    own. The last 360 (20%) are for validation: the images come person by person, so these are
+    mostly by people that the training part does not know, which is harder than a random split.
+
+    Args:
+        crop_padding: black pixels around an image, out of which a random window is cut; 0 = off.
+        flip: mirror every second image, by chance (a mirrored digit is rarely a digit).
+        rotation_degrees: turn each image by an angle drawn from +- this; 0 = off.
+    """
+
+    VALIDATION_IMAGES = 360
+
+    def __init__(
+        self, crop_padding: int = 0, flip: bool = False, rotation_degrees: float = 0.0
+    ) -> None:
+        super().__init__(crop_padding, flip, rotation_degrees)
+
+    @property
+    def label(self) -> str:
+        """The name of the data set."""
+        return "scikit-learn digits"
+
+    def _source(self) -> Hashable:
+        return "digits"
+
+    def _load(self) -> Images:
+        from sklearn.datasets import load_digits  # takes a second to import
+
+        images, labels = load_digits(return_X_y=True)
+        # 17 levels of grey, 0 to 16, spread over 0 to 255.
+        pixels = np.rint(images * (255 / 16)).astype(np.uint8).reshape(-1, 1, 8, 8)
+        split = len(labels) - self.VALIDATION_IMAGES
+        labels = labels.astype(np.int64)
+        return Images.from_arrays(pixels[:split], labels[:split], pixels[split:], labels[split:])
+
+
+class CIFAR10(ImageDataset):
+    """CIFAR-10: 60,000 colour images of 32 x 32 pixels; its own test part is for validation.
+
+    Decoded once into one file in `cache_dir`. There is one cache for the original pixels, however
+    they came, and one for every state of a copy made of image files.
+
+    Args:
+        path: a local copy: a folder or archive (.tar, .tar.gz, .tgz, .tar.xz, .zip) of
+            `train/<class>/*.{png,jpg,jpeg}` and `test/<class>/...`, or the original
+            `cifar-10-python.tar.gz`, packed or unpacked. None (or an empty string): the original in
+            `cache_dir`, downloaded through torchvision when it is not there.
+        cache_dir: folder for the decoded images.
+        crop_padding: black pixels around an image, out of which a random window is cut; 0 = off.
+        flip: mirror every second image, by chance.
+        rotation_degrees: turn each image by an angle drawn from +- this; 0 = off.
+    """
+
+    def __init__(
+        self,
+        path: str | Path | None = None,
+        cache_dir: str | Path = "data",
+        crop_padding: int = 4,
+        flip: bool = True,
+        rotation_degrees: float = 0.0,
+    ) -> None:
+        super().__init__(crop_padding, flip, rotation_degrees)
+        self.path = Path(path) if path else None
+        self.cache_dir = Path(cache_dir)
+        self._found_kind: cifar10.Kind | None = None
+
+    @property
+    def label(self) -> str:
+        """What the pixels are; after `setup`, with the number of images if some are missing."""
+        label = "CIFAR-10, JPEG copy" if self._kind == "jpeg" else "CIFAR-10"
+        if self._loaded is None:
+            return label
+        count = len(self._loaded.train_labels) + len(self._loaded.val_labels)
+        expected = cifar10.IMAGE_COUNT
+        return label if count == expected else f"{label}, {count:,} of {expected:,} images"
+
+    def prepare(self) -> Path:
+        """Decode the images into the cache unless they are there.
+
+        Returns:
+            The file in `cache_dir`.
+
+        Raises:
+            DataError: the images are missing, damaged or not CIFAR-10's.
+        """
+        self._load()
+        return self._cached
+
+    @property
+    def _kind(self) -> cifar10.Kind:
+        if self._found_kind is None:
+            self._found_kind = cifar10.find_kind(self.path) if self.path else "original"
+        return self._found_kind
+
+    @property
+    def _cached(self) -> Path:
+        state = f"-{fingerprint(self.path)[:16]}" if self.path and self._kind != "original" else ""
+        return self.cache_dir / f"cifar10-{self._kind}{state}.npz"
+
+    def _source(self) -> Hashable:
+        if self.path is None or not self.path.exists():
+            return (str(self.path), str(self.cache_dir.resolve()))
+        # Cheap rather than watertight: a folder's own time does not change with its files.
+        return (str(self.path.resolve()), self.path.stat().st_mtime_ns)
+
+    def _load(self) -> Images:
+        cached = self._cached
+        if cached.exists():
+            try:
+                return Images.read(cached)
+            except DAMAGED_CACHE_ERRORS as error:
+                logger.warning("decoding again, because %s is damaged: %s", cached, error)
+        if self.path is None or self._kind == "original":
+            images = cifar10.load_original(self.path, self.cache_dir)
+        else:
+            images = cifar10.decode_copy(self.path, self._kind)
+        images.write(cached)
+        return images

@@ -1,0 +1,175 @@
+"""Recorded runs as the figures and tables want them: by experiment, and averaged over seeds."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+from numpy.typing import ArrayLike, NDArray
+
+from pnorm_decay import records
+
+SCALES = ("demo", "cpu", "paper")
+
+# What makes two runs repetitions of each other when only their seeds differ.
+SETTING = ["method", "p", "lambda_p", "lr", "steps"]
+
+# A pruning method fixes the sparsity, which SETTING does not name: two of its runs are repetitions
+# only when they lie closer than this, in units of `nines`.
+SAME_SPARSITY = 0.01
+
+# Sparsities of 1 - 1e-5 and above share one place on the `nines` scale, which would be infinite.
+MOST_NINES = 5.0
+
+
+@dataclass(frozen=True)
+class Experiment:
+    """All recorded runs of one experiment at one scale.
+
+    Attributes:
+        scale: ``demo``, ``cpu`` or ``paper``.
+        name: the experiment's, such as ``resnet18_cifar10``.
+        runs: one row a run, with the columns of ``pnorm_decay.records.COLUMNS``.
+    """
+
+    scale: str
+    name: str
+    runs: pd.DataFrame
+
+    @property
+    def is_image(self) -> bool:
+        return self.name.startswith("resnet")
+
+    @property
+    def is_text(self) -> bool:
+        return self.name.startswith("nanogpt")
+
+    @property
+    def diverged(self) -> pd.DataFrame:
+        """The runs that ended without metrics."""
+        return self.runs[~is_finished(self.runs)]
+
+    @property
+    def finished(self) -> pd.DataFrame:
+        """The runs that have an accuracy and a sparsity."""
+        return self.runs[is_finished(self.runs)]
+
+    @property
+    def data(self) -> str:
+        """The data set in words; several, if runs differ, joined by ' and '."""
+        return " and ".join(sorted(self.runs["data"].dropna().unique()))
+
+    @property
+    def note(self) -> str:
+        """What a reader must know of these runs to judge a figure of them, in a few sentences."""
+        setting = "" if self.scale == "paper" else ", not the paper's setting"
+        diverged = f" ({len(self.diverged)} diverged)" if len(self.diverged) else ""
+        last = "epoch" if self.is_image else "evaluation"
+        return (
+            f"{self.name}, {self.scale} scale{setting}. Data: {self.data}. "
+            f"{_count(len(self.runs), 'run')}{diverged}, "
+            f"{_count(self.runs['seed'].nunique(), 'seed')}. "
+            f"Accuracy is that of the last {last}; "
+            "the best run is selected on the same validation data."
+        )
+
+
+def _count(number: int, noun: str) -> str:
+    return f"{number} {noun}{'' if number == 1 else 's'}"
+
+
+def is_finished(runs: pd.DataFrame) -> pd.Series:
+    """Which runs have an accuracy and a sparsity; the others diverged."""
+    has_metrics = runs[["val_accuracy", "sparsity"]].notna().all(axis="columns")
+    return (runs["status"] == "finished") & has_metrics
+
+
+def load(path: Path) -> Experiment:
+    """Reads ``results/<scale>/<name>.csv``.
+
+    Raises:
+        records.RecordError: the file cannot be read, lacks a column, or holds no finished run.
+    """
+    experiment = Experiment(path.parent.name, path.stem, records.read(path))
+    if experiment.finished.empty:
+        raise records.RecordError(f"{path} holds no finished run")
+    return experiment
+
+
+def load_all(
+    results: Path, scales: Sequence[str]
+) -> tuple[list[Experiment], list[records.RecordError]]:
+    """Reads every results file of some scales, in the order of the scales and then of the names.
+
+    Returns:
+        The experiments that could be read, and what was wrong with the others or, where there is no
+        file at all, with the folder.
+    """
+    experiments, errors = [], []
+    paths = [path for scale in scales for path in sorted((results / scale).glob("*.csv"))]
+    for path in paths:
+        try:
+            experiments.append(load(path))
+        except records.RecordError as error:
+            errors.append(error)
+    if not paths:
+        places = ", ".join(f"{results / scale}/" for scale in scales)
+        errors.append(records.RecordError(f"no recorded runs (*.csv) in {places}"))
+    return experiments, errors
+
+
+def nines(fraction: ArrayLike) -> NDArray[np.float64]:
+    """``-log10(1 - fraction)``: 0.9 is 1, 0.99 is 2, 0.999 is 3; at most ``MOST_NINES``."""
+    return -np.log10(np.maximum(1 - np.asarray(fraction, dtype=float), 10.0**-MOST_NINES))
+
+
+def by_p(rows: pd.DataFrame) -> list[tuple[float, pd.DataFrame]]:
+    """The rows of each p, by rising p; rows without a p are left out."""
+    norms = np.unique(rows["p"].dropna().to_numpy(dtype=float)).tolist()
+    return [(p, rows[rows["p"] == p]) for p in norms]
+
+
+def average_seeds(runs: pd.DataFrame, values: Sequence[str] = ()) -> pd.DataFrame:
+    """One row a setting: the mean and standard deviation over its seeds.
+
+    Args:
+        runs: finished runs, one row each.
+        values: columns to average besides ``val_accuracy`` and ``sparsity``.
+
+    Returns:
+        The columns of ``SETTING``; of each value the mean under its name and the sample standard
+        deviation under ``<name>_std`` (NaN for one seed); and ``seeds``, their number.
+    """
+    values = ["val_accuracy", "sparsity", *values]
+    keyed = runs.assign(repetition=_repetitions(runs))
+    groups = keyed.groupby([*SETTING, "repetition"], dropna=False, sort=True)
+    means, spreads = groups[values].mean(), groups[values].std().add_suffix("_std")
+    averaged = pd.concat([means, spreads, groups.size().rename("seeds")], axis="columns")
+    return averaged.reset_index().drop(columns="repetition")
+
+
+def _repetitions(runs: pd.DataFrame) -> pd.Series:
+    """A number for each run, alike within a setting for those that differ in the seed alone."""
+    labels = pd.Series(0, index=runs.index)
+    for _, group in runs.groupby(SETTING, dropna=False):
+        if not group["seed"].duplicated().any():
+            continue
+        by_sparsity = group.sort_values(["sparsity", "run_id"])
+        gaps = np.diff(nines(by_sparsity["sparsity"].to_numpy()), prepend=0.0)
+        cluster = pd.Series(np.cumsum(gaps > SAME_SPARSITY), index=by_sparsity.index)
+        for _, members in by_sparsity.groupby(cluster):
+            repeated = members["seed"].duplicated().any()
+            # Two runs of one seed differ in something that no column tells: never average them.
+            labels[members.index] = labels.max() + (
+                np.arange(1, len(members) + 1) if repeated else 1
+            )
+    return labels
+
+
+def best_adamw(settings: pd.DataFrame) -> float | None:
+    """The highest accuracy of AdamW over its settings, or None where it was not run."""
+    adamw = settings.loc[settings["method"] == "adamw", "val_accuracy"]
+    return None if adamw.empty else float(adamw.max())

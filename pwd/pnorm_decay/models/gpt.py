@@ -1,0 +1,141 @@
+"""nanoGPT's character model: a small pre-norm decoder with tied embeddings."""
+
+import math
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+
+class CausalSelfAttention(nn.Module):
+    """Multi-head attention in which a position sees itself and what came before it."""
+
+    def __init__(self, n_embd: int, n_head: int, dropout: float, bias: bool) -> None:
+        super().__init__()
+        self.n_head = n_head
+        self.dropout = dropout
+        self.qkv = nn.Linear(n_embd, 3 * n_embd, bias=bias)
+        self.proj = nn.Linear(n_embd, n_embd, bias=bias)
+        self.resid_dropout = nn.Dropout(dropout)
+
+    def forward(self, x: Tensor) -> Tensor:
+        B, T, C = x.shape
+        heads = self.qkv(x).view(B, T, 3, self.n_head, C // self.n_head)
+        q, k, v = heads.permute(2, 0, 3, 1, 4)
+        out = F.scaled_dot_product_attention(
+            q, k, v, dropout_p=self.dropout if self.training else 0.0, is_causal=True
+        )
+        return self.resid_dropout(self.proj(out.transpose(1, 2).reshape(B, T, C)))
+
+
+class MLP(nn.Module):
+    """Two linear layers, four times as wide between them."""
+
+    def __init__(self, n_embd: int, dropout: float, bias: bool) -> None:
+        super().__init__()
+        self.fc = nn.Linear(n_embd, 4 * n_embd, bias=bias)
+        self.proj = nn.Linear(4 * n_embd, n_embd, bias=bias)
+        self.resid_dropout = nn.Dropout(dropout)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.resid_dropout(self.proj(F.gelu(self.fc(x))))
+
+
+class Block(nn.Module):
+    """Attention, then the MLP, each behind a layer norm and added to the residual stream."""
+
+    def __init__(self, n_embd: int, n_head: int, dropout: float, bias: bool) -> None:
+        super().__init__()
+        self.ln1 = nn.LayerNorm(n_embd, bias=bias)
+        self.attention = CausalSelfAttention(n_embd, n_head, dropout, bias)
+        self.ln2 = nn.LayerNorm(n_embd, bias=bias)
+        self.mlp = MLP(n_embd, dropout, bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x + self.attention(self.ln1(x))
+        return x + self.mlp(self.ln2(x))
+
+
+class GPT(nn.Module):
+    """nanoGPT's decoder-only transformer.
+
+    The token embedding is also the output layer: one tensor under one name, so that it is decayed
+    and counted once. Initialised as nanoGPT is: N(0, 0.02), and the two projections into the
+    residual stream of every layer N(0, 0.02 / sqrt(2 n_layer)).
+
+    Args:
+        vocab_size: number of different tokens.
+        n_layer: number of blocks.
+        n_head: attention heads in a block.
+        n_embd: width of the residual stream, a multiple of `n_head`.
+        block_size: the longest context, in tokens.
+        dropout: probability in [0, 1) for embeddings, attention and residual branches.
+        bias: whether linear layers and layer norms have biases.
+
+    Raises:
+        ValueError: a size is below 1, `n_embd` is no multiple of `n_head`, or `dropout` is
+            outside [0, 1).
+    """
+
+    def __init__(
+        self,
+        vocab_size: int,
+        n_layer: int,
+        n_head: int,
+        n_embd: int,
+        block_size: int,
+        dropout: float = 0.0,
+        bias: bool = False,
+    ) -> None:
+        super().__init__()
+        sizes = {
+            "vocab_size": vocab_size,
+            "n_layer": n_layer,
+            "n_head": n_head,
+            "n_embd": n_embd,
+            "block_size": block_size,
+        }
+        for name, value in sizes.items():
+            if value < 1:
+                raise ValueError(f"{name} must be at least 1, got {value}")
+        if n_embd % n_head:
+            raise ValueError(f"n_embd must be a multiple of n_head, got {n_embd} and {n_head}")
+        if not 0.0 <= dropout < 1.0:
+            raise ValueError(f"dropout must be in [0, 1), got {dropout}")
+        self.block_size = block_size
+        self.token_embedding = nn.Embedding(vocab_size, n_embd)
+        self.position_embedding = nn.Embedding(block_size, n_embd)
+        self.dropout = nn.Dropout(dropout)
+        self.blocks = nn.ModuleList(Block(n_embd, n_head, dropout, bias) for _ in range(n_layer))
+        self.ln_f = nn.LayerNorm(n_embd, bias=bias)
+        self._initialise(n_layer)
+
+    def _initialise(self, n_layer: int) -> None:
+        for name, parameter in self.named_parameters():
+            if parameter.ndim >= 2:
+                # Each layer adds twice to the residual stream; the scale keeps its variance level.
+                scale = 1 / math.sqrt(2 * n_layer) if name.endswith("proj.weight") else 1.0
+                nn.init.normal_(parameter, mean=0.0, std=0.02 * scale)
+            elif name.endswith("bias"):
+                nn.init.zeros_(parameter)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        """Predict the token after each position.
+
+        Args:
+            tokens: int64 `(B, T)`, values in [0, vocab_size), T at most `block_size`.
+
+        Returns:
+            Logits `(B, T, vocab_size)`; those at position t depend on tokens 0..t alone.
+
+        Raises:
+            ValueError: T exceeds `block_size`.
+        """
+        T = tokens.shape[1]
+        if self.block_size < T:
+            raise ValueError(f"{T} tokens exceed block_size {self.block_size}")
+        positions = torch.arange(T, device=tokens.device)
+        x = self.dropout(self.token_embedding(tokens) + self.position_embedding(positions))
+        for block in self.blocks:
+            x = block(x)
+        return F.linear(self.ln_f(x), self.token_embedding.weight)

@@ -1,0 +1,133 @@
+"""A finished run as one row: ``result.json`` in its folder, a line of ``results/*/*.csv``.
+
+A run folder with a ``result.json`` is complete; one without is not. The CSV files are what the
+figures and tables are made from, and what is committed.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+
+RESULT_FILE = "result.json"
+
+# Column -> pandas dtype, in the order of the CSV. Accuracies are in percent, sparsity and
+# zero_fraction fractions in [0, 1], losses in nats, seconds of wall-clock time.
+COLUMNS = {
+    "run_id": "string",
+    "method": "string",
+    "p": "float64",
+    "lambda_p": "float64",
+    "lr": "float64",
+    "seed": "Int64",
+    "steps": "Int64",
+    "val_accuracy": "float64",
+    "best_val_accuracy": "float64",
+    "val_loss": "float64",
+    "train_loss": "float64",
+    "sparsity": "float64",
+    "zero_fraction": "float64",
+    "val_accuracy_zeroed": "float64",
+    "params_decayed": "Int64",
+    "seconds": "float64",
+    "device": "string",
+    "data": "string",
+    "commit": "string",
+    "finished_at": "string",
+    "status": "string",
+}
+
+
+class RecordError(ValueError):
+    """A record or a results file is not what it should be; the message names the file."""
+
+
+def write_atomically(path: Path, text: str) -> None:
+    """Writes ``text`` to ``path`` so that a reader sees the old file or the new one, never half."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        with temporary.open("w") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def write_result(run_dir: Path, result: Mapping[str, Any]) -> None:
+    """Marks a run as complete: writes its ``result.json``, last and atomically.
+
+    Args:
+        run_dir: the run's folder.
+        result: ``config`` (resolved), ``record`` (the row, see ``COLUMNS``), ``provenance``.
+    """
+    missing = COLUMNS.keys() - result["record"].keys()
+    if missing:
+        raise RecordError(f"the record of {run_dir} lacks {', '.join(sorted(missing))}")
+    write_atomically(run_dir / RESULT_FILE, json.dumps(result, indent=2) + "\n")
+
+
+def read_result(run_dir: Path) -> dict[str, Any] | None:
+    """The ``result.json`` of a run folder, or None where the run is not complete."""
+    path = run_dir / RESULT_FILE
+    try:
+        return json.loads(path.read_text())
+    except FileNotFoundError:
+        return None
+    except json.JSONDecodeError as error:
+        raise RecordError(f"{path} is not valid JSON ({error}); delete it to run again") from None
+
+
+def finished_runs(runs: Path) -> Iterator[tuple[str, str, dict[str, Any]]]:
+    """Every complete run below ``runs``: (scale, name, result), in the order of their paths."""
+    for path in sorted(runs.glob(f"*/*/*/{RESULT_FILE}")):
+        result = read_result(path.parent)
+        if result is not None:
+            yield path.parts[-4], path.parts[-3], result
+
+
+def read(path: Path) -> pd.DataFrame:
+    """A results file as a frame with the types of ``COLUMNS``.
+
+    Raises:
+        RecordError: the file is missing, is not a CSV, or lacks a column.
+    """
+    try:
+        frame = pd.read_csv(path)
+    except (OSError, pd.errors.ParserError, pd.errors.EmptyDataError) as error:
+        raise RecordError(f"cannot read {path}: {error}") from None
+    missing = COLUMNS.keys() - set(frame.columns)
+    if missing:
+        raise RecordError(f"{path} lacks the column {', '.join(sorted(missing))}")
+    try:
+        return frame[list(COLUMNS)].astype(COLUMNS)
+    except (TypeError, ValueError) as error:
+        raise RecordError(f"{path} has a value of the wrong type: {error}") from None
+
+
+def write(path: Path, rows: pd.DataFrame, *, keep: bool = True) -> pd.DataFrame:
+    """Writes rows to a results file, sorted, one row a run, a new row in the place of an old one.
+
+    Args:
+        path: ``results/<scale>/<name>.csv``.
+        rows: new rows, with the columns of ``COLUMNS``.
+        keep: whether rows already in the file, of other runs, stay.
+
+    Returns:
+        What the file now holds.
+    """
+    frame = rows[list(COLUMNS)].astype(COLUMNS)
+    if keep and path.exists():
+        old = read(path)
+        frame = pd.concat([old[~old["run_id"].isin(frame["run_id"])], frame])
+    order = ["method", "p", "lambda_p", "lr", "seed", "run_id"]
+    frame = frame.sort_values(order, kind="stable", ignore_index=True)
+    write_atomically(path, frame.to_csv(index=False, lineterminator="\n"))
+    return frame

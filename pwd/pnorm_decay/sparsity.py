@@ -1,0 +1,99 @@
+"""What is zero: the sparsity of a model's decayed weights."""
+
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+
+from pnorm_decay.optim.groups import split_decayed
+
+__all__ = ["layer_sparsity", "sparsity", "zero_fraction", "zeroed"]
+
+
+def sparsity(model_or_parameters: nn.Module | Iterable[Tensor], threshold: float = 1e-13) -> float:
+    """The fraction of the decayed weights with `|w| < threshold`.
+
+    Args:
+        model_or_parameters: a module (its trainable tensors of two or more dimensions count,
+            shared ones once) or an iterable of tensors (those of two or more dimensions count).
+        threshold: a weight counts as zero strictly below it; the paper's value is 1e-13.
+
+    Returns:
+        A number in [0, 1].
+
+    Raises:
+        ValueError: there is no decayed weight.
+    """
+    tensors = _decayed(model_or_parameters)
+    return _fraction(_count(tensors, threshold), tensors)
+
+
+def zero_fraction(model_or_parameters: nn.Module | Iterable[Tensor]) -> float:
+    """The fraction of the decayed weights that are exactly 0; otherwise as `sparsity`."""
+    tensors = _decayed(model_or_parameters)
+    return _fraction(_count(tensors, None), tensors)
+
+
+def layer_sparsity(model: nn.Module, threshold: float = 1e-13) -> dict[str, float]:
+    """`sparsity` of each decayed parameter of a model, by name."""
+    named = [(name, tensor.detach()) for name, tensor in split_decayed(model)[0]]
+    counts = _count([tensor for _, tensor in named], threshold)
+    return {
+        name: count / max(tensor.numel(), 1)
+        for (name, tensor), count in zip(named, counts, strict=True)
+    }
+
+
+@contextmanager
+def zeroed(model: nn.Module, threshold: float = 1e-13) -> Iterator[nn.Module]:
+    """Inside the block, every decayed weight with `|w| < threshold` is exactly 0.
+
+    On leaving, those weights get their values back. Train outside the block: what the block
+    changes in them is lost.
+
+    Args:
+        model: any module.
+        threshold: as for `sparsity`.
+
+    Yields:
+        The model.
+    """
+    saved = []
+    with torch.no_grad():
+        for tensor in _decayed(model):
+            small = tensor.abs() < threshold
+            saved.append((tensor, small, tensor[small]))
+            tensor.masked_fill_(small, 0)
+    try:
+        yield model
+    finally:
+        with torch.no_grad():
+            for tensor, small, values in saved:
+                tensor[small] = values
+
+
+def _decayed(model_or_parameters: nn.Module | Iterable[Tensor]) -> list[Tensor]:
+    if isinstance(model_or_parameters, nn.Module):
+        tensors = [tensor.detach() for _, tensor in split_decayed(model_or_parameters)[0]]
+    else:
+        distinct = {id(tensor): tensor for tensor in model_or_parameters}
+        tensors = [tensor.detach() for tensor in distinct.values() if tensor.ndim >= 2]
+    if not tensors:
+        raise ValueError("No decayed weight: no (trainable) tensor has two or more dimensions")
+    return tensors
+
+
+def _count(tensors: list[Tensor], threshold: float | None) -> list[int]:
+    """How many elements of each tensor are below the threshold, or zero, with one host sync."""
+    if not tensors:
+        return []
+    counts = [
+        (tensor == 0).sum() if threshold is None else (tensor.abs() < threshold).sum()
+        for tensor in tensors
+    ]
+    return torch.stack([count.to(counts[0].device) for count in counts]).tolist()
+
+
+def _fraction(counts: list[int], tensors: list[Tensor]) -> float:
+    return sum(counts) / max(sum(tensor.numel() for tensor in tensors), 1)

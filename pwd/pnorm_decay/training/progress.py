@@ -1,0 +1,109 @@
+"""What a person sees while runs go on: a bar for one run, a line a run for a sweep."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Mapping
+from typing import Any
+
+from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
+from hydra.core.hydra_config import HydraConfig
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.experimental.callback import Callback
+from hydra.types import RunMode
+from omegaconf import DictConfig
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Table
+
+TOTAL = "PNORM_SWEEP_TOTAL"  # environment variables, for a sweep's workers are other processes
+START = "PNORM_SWEEP_START"
+
+console = Console(stderr=True, highlight=False, soft_wrap=True, markup=False)
+
+
+class SweepProgress(Callback):
+    """Tells a sweep's jobs how many they are, which Hydra does not."""
+
+    def on_multirun_start(self, config: DictConfig, **kwargs: Any) -> None:
+        params = config.hydra.sweeper.get("params") or {}
+        overrides = [f"{key}={value}" for key, value in params.items()]
+        overrides += config.hydra.overrides.task
+        parsed = OverridesParser.create().parse_overrides(overrides)
+        os.environ[TOTAL] = str(len(BasicSweeper.split_arguments(parsed, None)[0]))
+        os.environ[START] = str(time.time())
+
+    def on_multirun_end(self, config: DictConfig, **kwargs: Any) -> None:
+        os.environ.pop(TOTAL, None)
+        os.environ.pop(START, None)
+
+
+def in_sweep() -> bool:
+    """Whether this run is a job of a multirun."""
+    return HydraConfig.initialized() and HydraConfig.get().mode == RunMode.MULTIRUN
+
+
+def sweep_workers() -> int:
+    """How many runs this sweep does beside each other."""
+    if not in_sweep():
+        return 1
+    workers = HydraConfig.get().launcher.get("n_jobs", 1)
+    return (os.cpu_count() or 1) if workers == -1 else max(1, workers)
+
+
+def sweep_position() -> str:
+    """This run's place in its sweep and the time that is left, as "[3/60, 2:10 left] "."""
+    if not in_sweep() or TOTAL not in os.environ:
+        return ""
+    done, total = HydraConfig.get().job.num + 1, int(os.environ[TOTAL])
+    left = (time.time() - float(os.environ[START])) / done * (total - done)
+    return f"[{done}/{total}, {left // 60:.0f}:{left % 60:02.0f} left] "
+
+
+def run_line(name: str, record: Mapping[str, Any], note: str = "") -> str:
+    """One line on a finished run."""
+    if record["status"] != "finished":
+        return f"{sweep_position()}{name}: {record['status']}{note}"
+    return (
+        f"{sweep_position()}{name}: accuracy {record['val_accuracy']:.2f} %, "
+        f"sparsity {record['sparsity']:.4f}, {record['seconds']:.1f} s{note}"
+    )
+
+
+def training_progress() -> Progress:
+    """A bar with loss, accuracy, sparsity, lr and time left; silent in a sweep or without a tty."""
+    columns = [f"{name} {{task.fields[{name}]}}" for name in ("loss", "accuracy", "sparsity", "lr")]
+    return Progress(
+        TextColumn("{task.description}"),
+        BarColumn(bar_width=None),
+        MofNCompleteColumn(),
+        *(TextColumn(column) for column in columns),
+        TimeRemainingColumn(),
+        console=console,
+        disable=in_sweep() or not console.is_terminal,
+    )
+
+
+def summary_table(name: str, record: Mapping[str, Any], run_dir: object) -> Table:
+    """The finished run as a table of two columns."""
+    table = Table(title=name, title_justify="left", show_header=False)
+    rows = {
+        "status": record["status"],
+        "data": record["data"],
+        "steps": f"{record['steps']:,}",
+    }
+    if record["status"] == "finished":
+        rows |= {
+            "validation accuracy": f"{record['val_accuracy']:.2f} %"
+            f" (best {record['best_val_accuracy']:.2f} %)",
+            "  with small weights zeroed": f"{record['val_accuracy_zeroed']:.2f} %",
+            "validation loss": f"{record['val_loss']:.4f}",
+            "training loss": f"{record['train_loss']:.4f}",
+            "sparsity": f"{record['sparsity']:.4f} of {record['params_decayed']:,} decayed weights",
+            "  exactly zero": f"{record['zero_fraction']:.4f}",
+        }
+    rows |= {"time": f"{record['seconds']:.1f} s on {record['device']}", "folder": str(run_dir)}
+    for key, value in rows.items():
+        table.add_row(key, value)
+    return table

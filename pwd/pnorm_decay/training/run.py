@@ -1,0 +1,277 @@
+"""One configured run, from config to ``result.json``: what `experiments/train.py` calls."""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import json
+import platform
+import subprocess
+from collections.abc import Mapping
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate.utils import set_seed
+from hydra.errors import InstantiationException
+from hydra.utils import instantiate
+from omegaconf import DictConfig, OmegaConf
+from torch import nn
+from torch.optim import Optimizer
+
+from pnorm_decay import records
+from pnorm_decay.data import DataError, Dataset
+from pnorm_decay.optim import split_decayed
+from pnorm_decay.training import checkpoint
+from pnorm_decay.training.progress import (
+    console,
+    in_sweep,
+    run_line,
+    summary_table,
+    sweep_position,
+    sweep_workers,
+)
+from pnorm_decay.training.schedule import WarmupCosine
+from pnorm_decay.training.settings import ConfigError, TrainerSettings
+from pnorm_decay.training.tracking import Tracker
+from pnorm_decay.training.trainer import Outcome, check_channels_last, make_accelerator, train
+
+MODEL_FILE = "model.pt"
+# The strength of the decay under its name in each optimizer; undecayed parameters get 0.
+DECAY_OPTIONS = ("lambda_p", "weight_decay")
+
+
+def run(cfg: DictConfig) -> dict[str, Any]:
+    """Does the run that ``cfg`` describes, unless it is already complete.
+
+    Args:
+        cfg: the composed config, see `configs/train.yaml`.
+
+    Returns:
+        The run's record, see ``records.COLUMNS``.
+
+    Raises:
+        ConfigError: a value is out of range or options do not go together.
+        DataError: the data set is missing or broken.
+    """
+    config: dict[str, Any] = OmegaConf.to_container(cfg, resolve=True)  # type: ignore[assignment]
+    name = run_name(config)
+    try:
+        return _run(config, name)
+    except (ConfigError, DataError) as error:
+        if in_sweep():  # Hydra would tell of it only when the whole sweep has ended
+            console.print(f"{sweep_position()}{name}: failed: {error}", style="red")
+        raise
+
+
+def _run(config: dict[str, Any], name: str) -> dict[str, Any]:
+    settings = TrainerSettings.from_config(config["trainer"])
+    data: Dataset = build(config, "data")
+    schedule: WarmupCosine = build(config, "schedule")
+    run_id = identity(config, data.label)
+    run_dir = Path(config["runs_dir"]) / config["experiment_name"] / run_id
+    record = finished_record(config, run_dir, run_id)
+    if record is not None:
+        console.print(run_line(name, record, note=" (already complete)"))
+        return record
+
+    device = settings.resolve_device()
+    precision = settings.resolve_precision(device)
+    torch.set_num_threads(settings.resolve_threads(sweep_workers()))
+    torch.set_flush_denormal(True)  # weights on their way to zero pass through slow denormals
+    accelerator = make_accelerator(device, precision)
+    data.setup(accelerator.device)
+    set_seed(config["seed"])
+    model: nn.Module = build(config, "model", **data.model_args).to(accelerator.device)
+    if settings.channels_last:
+        check_channels_last(model, device)
+        model = model.to(memory_format=torch.channels_last)
+    optimizer = build_optimizer(config, model)
+    per_epoch = steps_per_epoch(data, settings.batch_size)
+    steps = settings.total_steps(per_epoch)
+
+    run_dir.mkdir(parents=True, exist_ok=True)
+    with Tracker(
+        run_dir,
+        config["logger"],
+        run_id=run_id,
+        experiment=config["experiment_name"],
+        sweep=config["sweep_name"],
+        method=config["optimizer"]["method"],
+        name=name,
+        config=config,
+    ) as tracker:
+        outcome = train(
+            data=data,
+            model=model,
+            optimizer=optimizer,
+            scheduler=schedule.attach(optimizer, steps, per_epoch),
+            steps=steps,
+            eval_every=settings.evaluation_interval(steps, per_epoch),
+            settings=settings,
+            accelerator=accelerator,
+            seed=config["seed"],
+            run_dir=run_dir,
+            tracker=tracker,
+        )
+        provenance = describe_machine(accelerator.device, precision)
+        record = make_record(config, run_id, data.label, outcome, provenance)
+        tracker.summarise(record)
+
+    if settings.save_model:
+        checkpoint.save(run_dir / MODEL_FILE, model.state_dict())
+    result = {"config": config, "record": record, "provenance": provenance}
+    records.write_result(run_dir, result)
+    (run_dir / checkpoint.CHECKPOINT_FILE).unlink(missing_ok=True)
+    if in_sweep():
+        console.print(run_line(name, record))
+    else:
+        console.print(summary_table(name, record, run_dir))
+    return record
+
+
+def build(config: Mapping[str, Any], group: str, **arguments: Any) -> Any:
+    """Instantiates a config group; what goes wrong there is one line that names the group."""
+    try:
+        return instantiate(config[group], _convert_="all", **arguments)
+    except InstantiationException as error:
+        cause = error.__cause__ or error
+        raise ConfigError(f"{group}: {' '.join(str(cause).split())}") from cause
+
+
+def build_optimizer(config: Mapping[str, Any], model: nn.Module) -> Optimizer:
+    """The configured optimizer over the model's decayed and undecayed parameters."""
+    settings = {key: value for key, value in config["optimizer"].items() if key != "method"}
+    decayed, undecayed = split_decayed(model)
+    off = {option: 0.0 for option in DECAY_OPTIONS if option in settings}
+    groups: list[dict[str, Any]] = [
+        {"params": [parameter for _, parameter in decayed]},
+        {"params": [parameter for _, parameter in undecayed], **off},
+    ]
+    make = build({"optimizer": {**settings, "_partial_": True}}, "optimizer")
+    try:
+        return make([group for group in groups if group["params"]])
+    except (TypeError, ValueError) as error:
+        raise ConfigError(f"optimizer: {error}") from error
+
+
+def steps_per_epoch(data: Dataset, batch_size: int) -> int | None:
+    """As ``Dataset.steps_per_epoch``, for a batch size from the config."""
+    try:
+        return data.steps_per_epoch(batch_size)
+    except ValueError as error:
+        raise ConfigError(f"trainer.batch_size={batch_size}: {error}") from error
+
+
+def identity(config: Mapping[str, Any], label: str) -> str:
+    """A hash of what determines a run's result: no paths, devices, loggers or names.
+
+    Args:
+        config: the resolved config.
+        label: the data set's label, which tells a lossy copy from the original.
+    """
+    what = {
+        "data": {k: v for k, v in config["data"].items() if k not in ("path", "cache_dir")},
+        "label": label,
+        "trainer": {
+            k: v for k, v in config["trainer"].items() if k not in TrainerSettings.NOT_IDENTITY
+        },
+        **{k: config[k] for k in ("model", "optimizer", "pruning", "schedule", "seed")},
+    }
+    text = json.dumps(_canonical(what), sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()[:12]
+
+
+def _canonical(value: Any) -> Any:
+    """The same value for what is equal: 1 and 1.0 give one hash."""
+    if isinstance(value, Mapping):
+        return {key: _canonical(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_canonical(item) for item in value]
+    if isinstance(value, int) and not isinstance(value, bool):
+        return float(value)
+    return value
+
+
+def hyperparameters(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Method, p, lambda_p, lr and seed as records name them.
+
+    AdamW's decay is that of p = 2, so its weight decay stands as lambda_p.
+    """
+    optimizer = config["optimizer"]
+    decay = next((optimizer[option] for option in DECAY_OPTIONS if option in optimizer), 0.0)
+    return {
+        "method": optimizer["method"],
+        "p": float(optimizer.get("p", 2.0)),
+        "lambda_p": float(decay),
+        "lr": float(optimizer["lr"]),
+        "seed": config["seed"],
+    }
+
+
+def run_name(config: Mapping[str, Any]) -> str:
+    """What a person reads in a list of runs."""
+    values = hyperparameters(config)
+    return "{method} p={p:g} lambda_p={lambda_p:g} lr={lr:g} seed={seed}".format(**values)
+
+
+def finished_record(config: Mapping[str, Any], run_dir: Path, run_id: str) -> dict[str, Any] | None:
+    """The record of a run that is already complete, from its folder or the recorded rows."""
+    result = records.read_result(run_dir)
+    if result is not None:
+        return result["record"]
+    recorded = Path(config["results_dir"]) / f"{config['experiment_name']}.csv"
+    if config["skip_recorded"] and recorded.exists():
+        rows = records.read(recorded)
+        rows = rows[rows["run_id"] == run_id]
+        if len(rows):
+            return {str(key): value for key, value in rows.iloc[0].items()}
+    return None
+
+
+def make_record(
+    config: Mapping[str, Any],
+    run_id: str,
+    label: str,
+    outcome: Outcome,
+    provenance: Mapping[str, Any],
+) -> dict[str, Any]:
+    """The run as one row; what a diverged run did not reach is None."""
+    record: dict[str, Any] = dict.fromkeys(records.COLUMNS)
+    record |= {"run_id": run_id, **hyperparameters(config), **outcome.metrics}
+    record |= {"data": label, "status": outcome.status}
+    record |= {key: provenance[key] for key in ("device", "commit", "finished_at")}
+    return record
+
+
+def describe_machine(device: torch.device, precision: str) -> dict[str, Any]:
+    """Where a result comes from: commit, versions, device, precision, threads, time."""
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
+    return {
+        "commit": git_commit(),
+        "device": name,
+        "precision": precision,
+        "threads": torch.get_num_threads(),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "machine": platform.machine(),
+        "finished_at": datetime.now(UTC).isoformat(timespec="seconds"),
+    }
+
+
+@functools.cache
+def git_commit() -> str:
+    """The short commit of the working tree, with "+" where the code differs from it."""
+    folder = Path(__file__).parent
+
+    def git(*words: str) -> str:
+        command = ["git", "-C", str(folder), *words]
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+
+    try:
+        code = [":(top)pwd", ":(top)configs", ":(top)experiments"]
+        changed = git("status", "--porcelain", "--", *code)
+        return git("rev-parse", "--short=10", "HEAD") + ("+" if changed else "")
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"

@@ -1,0 +1,74 @@
+"""The learning-rate schedule."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from functools import partial
+
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LambdaLR
+
+from pnorm_decay.training.settings import ConfigError, check
+
+
+def warmup_cosine(step: int, *, steps: int, warmup: int, final_fraction: float) -> float:
+    """The factor on lr: linear from lr/(warmup+1) to lr, then a cosine down to its final fraction.
+
+    Args:
+        step: the step about to be taken, from 0.
+        steps: length of training; the last step, ``steps - 1``, uses ``final_fraction``.
+        warmup: steps of linear warm-up, fewer than ``steps``.
+        final_fraction: of lr, in [0, 1]; 1 keeps lr constant after the warm-up.
+    """
+    if step < warmup:
+        return (step + 1) / (warmup + 1)
+    progress = min(1.0, (step - warmup) / max(1, steps - 1 - warmup))
+    return final_fraction + (1 - final_fraction) * (1 + math.cos(math.pi * progress)) / 2
+
+
+@dataclass(frozen=True)
+class WarmupCosine:
+    """What `configs/schedule/*.yaml` sets.
+
+    Attributes:
+        warmup_epochs: length of the warm-up in epochs, or None.
+        warmup_steps: length of the warm-up in steps, or None.
+        final_fraction: the last step's lr as a fraction of lr, in [0, 1].
+    """
+
+    warmup_epochs: float | None = None
+    warmup_steps: int | None = None
+    final_fraction: float = 0.01
+
+    def __post_init__(self) -> None:
+        for name in ("warmup_epochs", "warmup_steps"):
+            value = getattr(self, name)
+            check(value is None or value >= 0, f"schedule.{name}", value, "at least 0")
+        if self.warmup_epochs is not None and self.warmup_steps is not None:
+            raise ConfigError("schedule.warmup_epochs and schedule.warmup_steps: set one of them")
+        value = self.final_fraction
+        check(0 <= value <= 1, "schedule.final_fraction", value, "in [0, 1]")
+
+    def warmup(self, steps: int, steps_per_epoch: int | None) -> int:
+        """The length of the warm-up in steps, for a run of ``steps``."""
+        warmup = self.warmup_steps or 0
+        if self.warmup_epochs is not None:
+            if steps_per_epoch is None:
+                raise ConfigError(
+                    f"schedule.warmup_epochs={self.warmup_epochs}: text has no epochs; "
+                    "set schedule.warmup_steps instead"
+                )
+            warmup = round(self.warmup_epochs * steps_per_epoch)
+        # A run cut short for a look would otherwise never leave its warm-up.
+        return min(warmup, steps // 2)
+
+    def attach(self, optimizer: Optimizer, steps: int, steps_per_epoch: int | None) -> LambdaLR:
+        """The scheduler for a run of ``steps``."""
+        factor = partial(
+            warmup_cosine,
+            steps=steps,
+            warmup=self.warmup(steps, steps_per_epoch),
+            final_fraction=self.final_fraction,
+        )
+        return LambdaLR(optimizer, factor)

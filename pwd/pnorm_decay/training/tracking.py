@@ -1,0 +1,142 @@
+"""Where a run's metrics go: Weights & Biases and ``metrics.csv`` in the run folder."""
+
+from __future__ import annotations
+
+import contextlib
+import csv
+import io
+import logging
+from collections.abc import Mapping
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import numpy as np
+import torch
+import wandb
+from torch import Tensor, nn
+
+from pnorm_decay.optim import split_decayed
+from pnorm_decay.records import write_atomically
+from pnorm_decay.sparsity import layer_sparsity
+from pnorm_decay.training.settings import ConfigError
+
+METRICS_FILE = "metrics.csv"
+LOG_WEIGHT_RANGE = (-20.0, 2.0)  # of log10|w|; exact zeros and smaller weights: the first bin
+LOG_WEIGHT_BINS = 88  # four a decade
+MODES = ("offline", "online", "disabled")
+
+Row = dict[str, float | int]
+
+
+def log_weight_histogram(model: nn.Module) -> tuple[np.ndarray, np.ndarray]:
+    """How many decayed weights have which log10|w|.
+
+    Returns:
+        Counts, int64 of shape (bins,), and bin edges, float64 of shape (bins + 1,).
+    """
+    low, high = LOG_WEIGHT_RANGE
+    counts = torch.zeros(LOG_WEIGHT_BINS, dtype=torch.float64)
+    for _, weight in split_decayed(model)[0]:
+        logs: Tensor = weight.detach().float().abs().log10().clamp(low, high)
+        counts += torch.histc(logs, LOG_WEIGHT_BINS, low, high).double().cpu()
+    return counts.long().numpy(), np.linspace(low, high, LOG_WEIGHT_BINS + 1)
+
+
+class Tracker:
+    """Logs one run, as a context manager, so that it is closed whatever happens.
+
+    Args:
+        run_dir: the run's folder.
+        logger: the config group ``logger``: mode, project, entity, dir.
+        run_id: the run's id, also W&B's.
+        experiment: ``<scale>/<name>``.
+        sweep: the sweep's name, or "none".
+        method: the method's name in records.
+        name: what a person reads in a list of runs.
+        config: the resolved config.
+    """
+
+    def __init__(
+        self,
+        run_dir: Path,
+        logger: Mapping[str, Any],
+        *,
+        run_id: str,
+        experiment: str,
+        sweep: str,
+        method: str,
+        name: str,
+        config: dict[str, Any],
+    ) -> None:
+        if logger["mode"] not in MODES:
+            raise ConfigError(f"logger.mode={logger['mode']}: must be one of {', '.join(MODES)}")
+        self.run_dir = run_dir
+        self.history: list[Row] = []
+        logging.getLogger("wandb").setLevel(logging.ERROR)
+        Path(logger["dir"]).mkdir(parents=True, exist_ok=True)
+        # Statistics, console capture and code saving cost seconds a run; a demo sweep is hundreds.
+        settings = wandb.Settings(
+            silent=True,
+            console="off",
+            save_code=False,
+            disable_git=True,
+            x_disable_stats=True,
+            x_disable_machine_info=True,
+        )
+        try:
+            self._wandb = wandb.init(
+                mode=logger["mode"],
+                project=logger["project"],
+                entity=logger["entity"],
+                dir=logger["dir"],
+                id=run_id,
+                resume="allow",
+                name=name,
+                group=experiment if sweep == "none" else f"{experiment}/{sweep}",
+                job_type=method,
+                tags=[*experiment.split("/"), method],
+                config=config,
+                settings=settings,
+                reinit="finish_previous",
+            )
+        except wandb.errors.Error as error:
+            raise ConfigError(
+                f"logger.mode={logger['mode']}: W&B could not start ({error}); "
+                "logger.mode=offline needs no account and no network"
+            ) from None
+
+    def __enter__(self) -> Tracker:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        # An unfinished run would swallow the next run of this process.
+        with contextlib.suppress(Exception):
+            self._wandb.finish(exit_code=0 if kind is None else 1)
+
+    def restore(self, history: list[Row]) -> None:
+        """Takes up the history of a run that goes on from its checkpoint."""
+        self.history = list(history)
+
+    def log(self, row: Row, model: nn.Module) -> None:
+        """Logs one evaluation: the row, the sparsity of every layer, the weights' histogram."""
+        self.history.append(row)
+        text = io.StringIO()
+        writer = csv.DictWriter(text, fieldnames=list(row), lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(self.history)
+        write_atomically(self.run_dir / METRICS_FILE, text.getvalue())
+        if self._wandb.disabled:
+            return
+        layers = {f"layer_sparsity/{name}": value for name, value in layer_sparsity(model).items()}
+        histogram = wandb.Histogram(np_histogram=log_weight_histogram(model))
+        self._wandb.log({**row, **layers, "log10_weight": histogram}, step=int(row["step"]))
+
+    def summarise(self, record: Mapping[str, Any]) -> None:
+        """Puts the run's record into W&B's summary."""
+        self._wandb.summary.update(dict(record))

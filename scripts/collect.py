@@ -1,0 +1,53 @@
+"""Collects finished runs into results/<scale>/<name>.csv, one row a run."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections import defaultdict
+from pathlib import Path
+
+import pandas as pd
+from pnorm_decay import records
+from rich.console import Console
+
+console = Console(highlight=False, soft_wrap=True)
+
+
+def collect(runs: Path, results: Path, scale: str | None) -> list[Path]:
+    """Writes the finished runs below ``runs`` into results files and returns their paths.
+
+    A row of a run that is recorded already is replaced; the rows of other runs stay. At demo
+    scale they go: a demo sweep is done again on every machine, and its rows are its own.
+    """
+    rows = defaultdict(list)
+    for run_scale, name, result in records.finished_runs(runs):
+        if scale in (None, run_scale):
+            rows[run_scale, name].append(result["record"])
+    written = []
+    for (run_scale, name), these in rows.items():
+        path = results / run_scale / f"{name}.csv"
+        frame = records.write(path, pd.DataFrame(these), keep=run_scale != "demo")
+        console.print(f"{path}: {len(frame)} runs, {len(these)} of them from {runs}/")
+        written.append(path)
+    return written
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--runs", type=Path, default=Path("runs"), help="folder of run folders")
+    parser.add_argument("--results", type=Path, default=Path("results"), help="where the CSVs are")
+    parser.add_argument("--scale", help="only this scale: demo, cpu or paper")
+    arguments = parser.parse_args()
+    try:
+        written = collect(arguments.runs, arguments.results, arguments.scale)
+    except (records.RecordError, OSError) as error:
+        console.print(f"error: {error}", markup=False)
+        sys.exit(2)
+    if not written:
+        of_scale = f" of scale {arguments.scale}" if arguments.scale else ""
+        console.print(f"no finished runs{of_scale} below {arguments.runs}/")
+
+
+if __name__ == "__main__":
+    main()

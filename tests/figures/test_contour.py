@@ -1,0 +1,162 @@
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from figures.made_up import adamw, experiment, grid, run
+from matplotlib.contour import ContourSet
+from pnorm_decay.figures.contour import contour_figure, planes
+
+
+def panels(fig):
+    """The axes of the planes, without the colour bar's."""
+    return [ax for ax in fig.axes if ax.get_title()]
+
+
+def contours(ax, *, filled):
+    return [c for c in ax.collections if isinstance(c, ContourSet) and c.filled == filled]
+
+
+def points(ax, label):
+    return [
+        (float(x), float(y))
+        for line in ax.get_lines()
+        if line.get_label() == label
+        for x, y in line.get_xydata()
+    ]
+
+
+def bar(fig):
+    return next(ax for ax in fig.axes if not ax.get_title())
+
+
+def test_a_panel_for_each_p_with_its_best_accuracy(contour):
+    titles = [ax.get_title() for ax in panels(contour)]
+    assert titles == [
+        "p = 0.5, best 95.0%",
+        "p = 1, best 95.0%",
+        "p = 1.5, best 95.0%",
+        "p = 2 (AdamW), best 94.5%",
+    ]
+
+
+def test_adamw_does_not_stand_in_where_pwd_was_run_at_two():
+    titles = [plane.title for plane in planes(experiment([*grid(2.0), *adamw()]))]
+    assert titles == ["p = 2"]
+
+
+def test_runs_are_marked_where_they_are(contour):
+    first = panels(contour)[0]
+    expected = [(x, y) for x in (-4, -3, -2) for y in (-3, -2)]
+    assert np.allclose(sorted(points(first, "runs")), expected)
+    assert points(first, "diverged") == [pytest.approx((-1, -3))]
+
+
+def test_white_lines_are_the_sparsities_within_reach(contour):
+    (lines,) = contours(panels(contour)[0], filled=False)
+    assert list(lines.levels) == [0.01, 0.2, 0.4]  # the sparsest run has 0.7
+    assert (lines.get_edgecolor()[:, :3] == 1).all()
+
+
+def test_sparsity_line_lies_where_interpolation_puts_it():
+    rows = [
+        run(lambda_p=lambda_p, lr=lr, accuracy=90, sparsity=s)
+        for lambda_p, s in ((1e-4, 0.0), (1e-2, 0.8))
+        for lr in (1e-3, 1e-2)
+    ]
+    (lines,) = contours(panels(contour_figure(experiment(rows)))[0], filled=False)
+    at_04 = lines.allsegs[list(lines.levels).index(0.4)][0]
+    assert at_04[:, 0] == pytest.approx(-3)
+
+
+def test_labels_name_the_sparsities(contour):
+    first = panels(contour)[0]
+    assert {text.get_text() for text in first.texts} <= {"0.01", "0.2", "0.4"}
+    assert {"0.2", "0.4"} <= {text.get_text() for text in first.texts}
+
+
+@pytest.mark.parametrize("skip", [(), [(2, 1)]], ids=["complete grid", "ragged grid"])
+def test_colour_covers_the_runs_and_nothing_beyond(skip):
+    ax = panels(contour_figure(experiment(grid(skip=skip))))[0]
+    (areas,) = contours(ax, filled=True)
+
+    def is_filled(x, y):
+        return any(path.contains_point((x, y)) for path in areas.get_paths())
+
+    assert is_filled(-3.6, -2.7)
+    assert is_filled(-2.1, -2.1) == (not skip)
+    assert not is_filled(-4.05, -2.5)
+    assert not is_filled(-3.5, -1.95)
+
+
+def test_colours_of_all_panels_are_one_scale(contour):
+    areas = [contours(ax, filled=True) for ax in panels(contour)]
+    levels = [tuple(area.levels) for panel in areas for area in panel]
+    assert len(levels) == 3  # AdamW's two runs span no area
+    assert len(set(levels)) == 1
+    assert levels[0][0] <= 92.5
+    assert levels[0][-1] >= 95
+
+
+@pytest.mark.parametrize("accuracy", [10.0, 92.0])
+def test_colour_bar_is_open_below_only_where_runs_collapsed(accuracy):
+    rows = [*grid(skip=[(2, 1)]), run(lambda_p=1e-2, lr=1e-2, accuracy=accuracy, sparsity=0.9)]
+    fig = contour_figure(experiment(rows))
+    (areas,) = contours(panels(fig)[0], filled=True)
+    assert areas.extend == ("min" if accuracy == 10 else "neither")
+    assert areas.norm.extend == areas.extend
+    assert areas.levels[0] >= 70
+    assert bar(fig).get_ylabel() == "validation accuracy (%)"
+
+
+@pytest.mark.parametrize(
+    "rows",
+    [
+        [run()],
+        [run(lambda_p=1e-3), run(lambda_p=1e-2)],
+        grid(lrs=(1e-3,)),
+        [run(lambda_p=10.0**k, lr=10.0**k, accuracy=90 + k, sparsity=0.1) for k in (-4, -3, -2)],
+    ],
+    ids=["one", "two", "one lr", "a diagonal"],
+)
+def test_runs_that_span_no_area_are_coloured_dots(rows):
+    ax = panels(contour_figure(experiment(rows)))[0]
+    assert contours(ax, filled=True) == []
+    (dots,) = [c for c in ax.collections if c.get_label() == "runs"]
+    assert len(dots.get_offsets()) == len(rows)
+    assert np.ma.allclose(dots.get_array(), [row["val_accuracy"] for row in rows])
+
+
+def test_a_p_whose_runs_all_diverged_has_a_panel_of_crosses():
+    rows = [*grid(0.5), run(p=0.8, accuracy=None), run(p=0.8, lr=1e-2, accuracy=None)]
+    last = panels(contour_figure(experiment(rows)))[1]
+    assert last.get_title() == "p = 0.8, all diverged"
+    assert len(points(last, "diverged")) == 2
+
+
+def test_seeds_are_averaged_and_the_longest_run_counts():
+    rows = [run(seed=0, accuracy=90), run(seed=1, accuracy=94), run(steps=50, accuracy=99)]
+    (plane,) = planes(experiment(rows))
+    assert plane.settings["val_accuracy"].tolist() == [92]
+
+
+def test_note_has_the_runs_and_those_without_a_place(full, contour):
+    text = " ".join(contour.texts[-1].get_text().split())
+    assert full.note in text
+    assert "Grey crosses: runs that diverged" in text
+    assert "Not shown" not in text
+    fig = contour_figure(experiment([*grid(), run(lambda_p=0)]))
+    text = " ".join(fig.texts[-1].get_text().split())
+    assert "Not shown: 1 run at" in text
+    assert "diverged" not in text
+
+
+def test_without_pwd_the_figure_says_so():
+    fig = contour_figure(experiment([run("magnitude", p=2)]))
+    assert panels(fig) == []
+    assert "no pWD run to show" in [text.get_text() for text in fig.texts]
+
+
+def test_axes_are_labelled_with_the_values_themselves():
+    ax = panels(contour_figure(experiment(grid(lrs=(5e-4, 1e-3, 2e-3)))))[0]
+    assert [t.get_text() for t in ax.get_yticklabels()] == ["0.0005", "0.001", "0.002"]
+    assert [t.get_text() for t in ax.get_xticklabels()] == ["$10^{-4}$", "$10^{-3}$", "$10^{-2}$"]

@@ -1,0 +1,57 @@
+from __future__ import annotations
+
+import pytest
+from pnorm_decay import records
+from pnorm_decay.records import COLUMNS
+
+COLLECT = "scripts/collect.py"
+
+
+@pytest.fixture
+def places(tmp_path):
+    return ["--runs", str(tmp_path / "runs"), "--results", str(tmp_path / "results")]
+
+
+def finish(tmp_path, scale, run_id):
+    folder = tmp_path / "runs" / scale / "digits" / run_id
+    folder.mkdir(parents=True)
+    row = dict.fromkeys(COLUMNS) | {"run_id": run_id, "method": "pwd"}
+    records.write_result(folder, {"record": row})
+    return folder
+
+
+def ids(tmp_path, scale):
+    return list(records.read(tmp_path / "results" / scale / "digits.csv")["run_id"])
+
+
+def test_rows_of_earlier_runs_stay_but_at_demo_scale(run_program, places, tmp_path):
+    for scale in ("demo", "cpu"):
+        finish(tmp_path, scale, "first")
+    assert run_program(COLLECT, *places).code == 0
+    for scale in ("demo", "cpu"):
+        (tmp_path / "runs" / scale / "digits" / "first" / "result.json").unlink()
+        finish(tmp_path, scale, "second")
+    assert run_program(COLLECT, *places).code == 0
+    assert ids(tmp_path, "demo") == ["second"]
+    assert ids(tmp_path, "cpu") == ["first", "second"]
+
+
+def test_one_scale_alone(run_program, places, tmp_path):
+    finish(tmp_path, "demo", "a")
+    finish(tmp_path, "cpu", "b")
+    assert run_program(COLLECT, *places, "--scale", "cpu").code == 0
+    assert ids(tmp_path, "cpu") == ["b"]
+    assert not (tmp_path / "results" / "demo").exists()
+
+
+def test_nothing_to_collect_is_said(run_program, places):
+    done = run_program(COLLECT, *places)
+    assert done.code == 0
+    assert "no finished runs" in done.out
+
+
+def test_a_broken_result_is_named(run_program, places, tmp_path):
+    (finish(tmp_path, "demo", "a") / "result.json").write_text("{")
+    done = run_program(COLLECT, *places)
+    assert done.code == 2
+    assert "result.json" in done.out

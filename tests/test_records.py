@@ -1,0 +1,61 @@
+from __future__ import annotations
+
+import pandas as pd
+import pytest
+from pnorm_decay import records
+from pnorm_decay.records import COLUMNS, RecordError
+
+
+def record(run_id: str, **values: object) -> dict[str, object]:
+    row: dict[str, object] = dict.fromkeys(COLUMNS)
+    return row | {"run_id": run_id, "method": "pwd", "p": 0.5, "seed": 0} | values
+
+
+def test_rows_survive_the_file(tmp_path):
+    path = tmp_path / "demo" / "x.csv"
+    written = records.write(path, pd.DataFrame([record("b", val_accuracy=91.25), record("a")]))
+    pd.testing.assert_frame_equal(records.read(path), written)
+    assert list(written["run_id"]) == ["a", "b"]
+    assert written["val_accuracy"].isna().tolist() == [True, False]
+
+
+def test_a_new_row_replaces_the_old_one_and_the_others_stay(tmp_path):
+    path = tmp_path / "x.csv"
+    records.write(path, pd.DataFrame([record("a", lr=1.0), record("b", lr=2.0)]))
+    frame = records.write(path, pd.DataFrame([record("b", lr=3.0)]))
+    assert dict(zip(frame["run_id"], frame["lr"], strict=True)) == {"a": 1.0, "b": 3.0}
+    frame = records.write(path, pd.DataFrame([record("c")]), keep=False)
+    assert list(frame["run_id"]) == ["c"]
+
+
+def test_a_folder_without_result_is_not_complete(tmp_path):
+    assert records.read_result(tmp_path) is None
+    assert list(records.finished_runs(tmp_path)) == []
+
+
+def test_finished_runs_are_found_with_their_scale_and_name(tmp_path):
+    folder = tmp_path / "demo" / "digits" / "abc"
+    folder.mkdir(parents=True)
+    records.write_result(folder, {"record": record("abc")})
+    (folder.parent / "cut-off").mkdir()
+    ((scale, name, result),) = records.finished_runs(tmp_path)
+    assert (scale, name, result["record"]["run_id"]) == ("demo", "digits", "abc")
+    assert [path.name for path in folder.iterdir()] == ["result.json"]
+
+
+def test_bad_files_are_named(tmp_path):
+    with pytest.raises(RecordError, match=r"no\.csv"):
+        records.read(tmp_path / "no.csv")
+    (tmp_path / "half.csv").write_text("run_id,method\na,pwd\n")
+    with pytest.raises(RecordError, match="lacks the column"):
+        records.read(tmp_path / "half.csv")
+    records.write(tmp_path / "wrong.csv", pd.DataFrame([record("a", lr=1.0)]))
+    text = (tmp_path / "wrong.csv").read_text().replace(",1.0,", ",much,")
+    (tmp_path / "wrong.csv").write_text(text)
+    with pytest.raises(RecordError, match="wrong type"):
+        records.read(tmp_path / "wrong.csv")
+    (tmp_path / "result.json").write_text('{"record": ')
+    with pytest.raises(RecordError, match="not valid JSON"):
+        records.read_result(tmp_path)
+    with pytest.raises(RecordError, match="lacks"):
+        records.write_result(tmp_path, {"record": {"run_id": "a"}})

@@ -1,0 +1,73 @@
+from __future__ import annotations
+
+import itertools
+import math
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from pnorm_decay.training.schedule import WarmupCosine, warmup_cosine
+from pnorm_decay.training.settings import ConfigError
+
+
+@given(
+    steps=st.integers(2, 1000),
+    share=st.floats(0, 0.5),
+    final=st.floats(0, 1),
+)
+def test_rises_then_falls_to_the_final_fraction(steps, share, final):
+    warmup = int(share * steps)
+    factors = [
+        warmup_cosine(step, steps=steps, warmup=warmup, final_fraction=final)
+        for step in range(steps)
+    ]
+    rise, fall = factors[:warmup], factors[warmup:]
+    assert all(0 < factor < 1 for factor in rise)
+    assert rise == sorted(rise)
+    assert fall[0] == pytest.approx(1)
+    assert all(b <= a + 1e-12 for a, b in itertools.pairwise(fall))
+    if len(fall) > 1:
+        assert fall[-1] == pytest.approx(final)
+
+
+def test_half_way_is_the_mean_of_both_ends():
+    assert warmup_cosine(10, steps=21, warmup=0, final_fraction=0.1) == pytest.approx(0.55)
+
+
+def test_attached_scheduler_sets_the_optimizers_lr():
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=2.0)
+    scheduler = WarmupCosine(warmup_epochs=0.5, final_fraction=0.25).attach(optimizer, 12, 4)
+    lrs = []
+    for _ in range(12):
+        lrs.append(optimizer.param_groups[0]["lr"])
+        optimizer.step()
+        scheduler.step()
+    assert lrs[:3] == pytest.approx([2 / 3, 4 / 3, 2])
+    assert lrs[-1] == pytest.approx(0.5)
+    middle = 0.25 + 0.75 * (1 + math.cos(math.pi * 4 / 9)) / 2
+    assert lrs[6] == pytest.approx(2 * middle)
+
+
+def test_warmup_takes_at_most_half_of_a_short_run():
+    assert WarmupCosine(warmup_steps=100).warmup(10, None) == 5
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"warmup_steps": -1},
+        {"warmup_epochs": -0.5},
+        {"warmup_epochs": 1, "warmup_steps": 1},
+        {"final_fraction": 1.5},
+        {"final_fraction": -0.1},
+    ],
+)
+def test_bad_values(options):
+    with pytest.raises(ConfigError, match="schedule"):
+        WarmupCosine(**options)
+
+
+def test_epochs_need_data_with_epochs():
+    with pytest.raises(ConfigError, match="warmup_steps"):
+        WarmupCosine(warmup_epochs=1).warmup(100, None)

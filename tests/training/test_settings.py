@@ -1,0 +1,66 @@
+from __future__ import annotations
+
+import os
+
+import pytest
+import torch
+from pnorm_decay.training.settings import ConfigError, TrainerSettings
+
+
+def test_length_in_epochs_and_in_steps():
+    assert TrainerSettings(epochs=2.5).total_steps(40) == 100
+    assert TrainerSettings(steps=7).total_steps(None) == 7
+    with pytest.raises(ConfigError, match=r"set trainer\.steps"):
+        TrainerSettings(epochs=1).total_steps(None)
+
+
+def test_evaluation_interval():
+    assert TrainerSettings(steps=100).evaluation_interval(100, None) == 10
+    assert TrainerSettings(epochs=2).evaluation_interval(80, 40) == 40
+    assert TrainerSettings(steps=100, eval_every=3).evaluation_interval(100, 40) == 3
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"epochs": 1, "steps": 1},
+        {"epochs": 0},
+        {"epochs": float("nan")},
+        {"steps": 1.5},
+        {"steps": True},
+        {"steps": 1, "batch_size": "many"},
+        {"steps": 1, "eval_every": 0},
+        {"steps": 1, "clip_grad_norm": -1.0},
+        {"steps": 1, "checkpoint_minutes": None},
+        {"steps": 1, "threads": "all"},
+        {"steps": 1, "threads": 0},
+        {"steps": 1, "device": "abacus"},
+        {"steps": 1, "precision": "fp8"},
+        {"steps": 1, "save_model": 1},
+    ],
+)
+def test_bad_values_name_the_key(options):
+    with pytest.raises(ConfigError, match=r"trainer\.\w+="):
+        TrainerSettings(**options)
+
+
+def test_unknown_key():
+    with pytest.raises(ConfigError, match=r"trainer\.stesp=3"):
+        TrainerSettings.from_config({"stesp": 3})
+
+
+def test_threads_are_shared_among_workers():
+    cores = os.cpu_count() or 1
+    assert TrainerSettings(steps=1).resolve_threads(1) == cores
+    assert TrainerSettings(steps=1).resolve_threads(10 * cores) == 1
+    assert TrainerSettings(steps=1, threads=3).resolve_threads(2) == 3
+
+
+def test_precision_follows_the_hardware():
+    cpu = torch.device("cpu")
+    amx = torch.cpu.get_capabilities().get("amx_bf16", False)
+    assert TrainerSettings(steps=1).resolve_precision(cpu) == ("bf16" if amx else "fp32")
+    assert TrainerSettings(steps=1, precision="bf16").resolve_precision(cpu) == "bf16"
+    with pytest.raises(ConfigError, match="fp16"):
+        TrainerSettings(steps=1, precision="fp16").resolve_precision(cpu)

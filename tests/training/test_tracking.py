@@ -1,0 +1,63 @@
+from __future__ import annotations
+
+import csv
+
+import pytest
+import torch
+import wandb
+from pnorm_decay.training.settings import ConfigError
+from pnorm_decay.training.tracking import Tracker, log_weight_histogram
+from torch import nn
+
+
+def model_of(*values: float) -> nn.Module:
+    model = nn.Linear(len(values), 1)
+    with torch.no_grad():
+        model.weight.copy_(torch.tensor([values]))
+    return model
+
+
+def tracker(tmp_path, **changes):
+    logger = {"mode": "offline", "project": "test", "entity": None, "dir": str(tmp_path)}
+    return Tracker(
+        tmp_path,
+        logger | changes,
+        run_id="abc",
+        experiment="demo/test",
+        sweep="none",
+        method="pwd",
+        name="a run",
+        config={"p": 0.5},
+    )
+
+
+def test_histogram_counts_every_decayed_weight_in_its_bin():
+    counts, edges = log_weight_histogram(model_of(0.0, 1e-30, 0.011, -0.011, 10.5))
+    assert counts.sum() == 5
+    assert counts[0] == 2  # the exact zero and what is below the range
+    within = counts[(edges[:-1] <= -1.9587) & (edges[1:] > -1.9587)]
+    assert within.tolist() == [2]
+
+
+def test_history_goes_to_csv_and_to_wandb_and_the_run_is_closed(tmp_path):
+    row = {"step": 1, "lr": 0.1, "val_accuracy": 50.0}
+    with tracker(tmp_path) as log:
+        assert wandb.run is not None
+        log.log(row, model_of(0.0, 1.0))
+        log.log(row | {"step": 2}, model_of(0.0, 1.0))
+        summary = dict(wandb.run.summary)
+    assert wandb.run is None
+    assert summary["layer_sparsity/weight"] == 0.5
+    with (tmp_path / "metrics.csv").open() as file:
+        assert [line["step"] for line in csv.DictReader(file)] == ["1", "2"]
+
+
+def test_the_run_is_closed_when_training_fails(tmp_path):
+    with pytest.raises(RuntimeError, match="broken"), tracker(tmp_path):
+        raise RuntimeError("broken")
+    assert wandb.run is None
+
+
+def test_unknown_mode(tmp_path):
+    with pytest.raises(ConfigError, match=r"logger\.mode=loud"):
+        tracker(tmp_path, mode="loud")
