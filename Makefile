@@ -23,7 +23,7 @@ $(READY): requirements.lock pyproject.toml
 		{ echo "Python 3.11 or newer is needed; name one with make PYTHON=/path/to/python3.11"; exit 1; }
 	$(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check uv==$(UV_VERSION)
-	VIRTUAL_ENV=.venv $(BIN)/uv pip install --quiet -r requirements.lock
+	VIRTUAL_ENV=.venv $(BIN)/uv pip install --quiet --compile-bytecode -r requirements.lock
 	VIRTUAL_ENV=.venv $(BIN)/uv pip install --quiet --no-deps --no-build-isolation -e .
 	@touch $@
 
@@ -45,7 +45,7 @@ sweep: $(READY) ## run what is missing of the SCALE sweep (demo, cpu or paper) a
 figures: $(READY) ## draw every figure and table from results/*/*.csv
 	$(BIN)/python experiments/toy.py
 	$(BIN)/python scripts/plot.py
-	$(BIN)/python scripts/tabulate.py
+	$(BIN)/python scripts/tables.py
 
 reproduce-figures: sweep figures ## the main job: sweep, then figures (SCALE=demo, cpu or paper)
 

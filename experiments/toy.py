@@ -20,9 +20,10 @@ from typing import NoReturn
 
 import pandas as pd
 import torch
+from rich.console import Console
+
 from pnorm_decay import SGDPWD, auxiliary, penalty
 from pnorm_decay.records import write_atomically
-from rich.console import Console
 
 DEFAULT_OUTPUT = Path("results/toy/figure1.csv")
 

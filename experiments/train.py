@@ -13,19 +13,14 @@ import hydra
 from hydra.errors import HydraException
 from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
+
 from pnorm_decay.data import DataError
 from pnorm_decay.records import RecordError
-from pnorm_decay.training.progress import console, in_sweep
+from pnorm_decay.training.progress import console, in_sweep, report
 from pnorm_decay.training.run import run
 from pnorm_decay.training.settings import ConfigError
 
 USER_ERRORS = (ConfigError, DataError, RecordError, HydraException, OmegaConfBaseException)
-
-
-def report(error: Exception) -> None:
-    """One line for what the user can mend."""
-    cause = f" {error.__cause__}" if isinstance(error, HydraException) and error.__cause__ else ""
-    console.print("error:", " ".join(f"{error}{cause}".split()), style="red")
 
 
 @hydra.main(version_base="1.3", config_path="../configs", config_name="train")

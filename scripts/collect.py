@@ -8,8 +8,9 @@ from collections import defaultdict
 from pathlib import Path
 
 import pandas as pd
-from pnorm_decay import records
 from rich.console import Console
+
+from pnorm_decay import records
 
 console = Console(highlight=False, soft_wrap=True)
 

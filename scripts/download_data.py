@@ -12,8 +12,9 @@ import os
 import sys
 from pathlib import Path
 
-from pnorm_decay.data import CIFAR10, DataError, TinyShakespeare
 from rich.console import Console
+
+from pnorm_decay.data import CIFAR10, DataError, TinyShakespeare
 
 
 def parse_arguments() -> argparse.Namespace:

@@ -9,13 +9,14 @@ from pathlib import Path
 
 import matplotlib as mpl
 from matplotlib.figure import Figure
+from rich.console import Console
+
 from pnorm_decay.figures import toy
 from pnorm_decay.figures.contour import contour_figure
 from pnorm_decay.figures.frontier import frontier_figure
 from pnorm_decay.figures.loading import SCALES, Experiment, load_all
 from pnorm_decay.figures.style import save
 from pnorm_decay.records import RecordError
-from rich.console import Console
 
 console = Console(highlight=False, soft_wrap=True, markup=False)
 

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import pandas as pd
 import pytest
+
 from pnorm_decay import records
 from pnorm_decay.records import COLUMNS, RecordError
 

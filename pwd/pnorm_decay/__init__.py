@@ -1,12 +1,13 @@
 """Decoupled weight decay for any p norm (pWD, arXiv:2404.10824): sparse networks by training."""
 
 from pnorm_decay.decay import auxiliary, penalty, shrink_factor
-from pnorm_decay.optim import SGDPWD, AdamPWD, param_groups
+from pnorm_decay.optim import SGDPWD, AdamPWD, attach_pnorm_decay, param_groups
 from pnorm_decay.sparsity import sparsity
 
 __all__ = [
     "SGDPWD",
     "AdamPWD",
+    "attach_pnorm_decay",
     "auxiliary",
     "param_groups",
     "penalty",

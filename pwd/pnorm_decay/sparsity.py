@@ -6,6 +6,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
+from pnorm_decay.optim.base import local
 from pnorm_decay.optim.groups import split_decayed
 
 __all__ = ["layer_sparsity", "sparsity", "zero_fraction", "zeroed"]
@@ -61,7 +62,7 @@ def zeroed(model: nn.Module, threshold: float = 1e-13) -> Iterator[nn.Module]:
     """
     saved = []
     with torch.no_grad():
-        for tensor in _decayed(model):
+        for tensor in map(local, _decayed(model)):
             small = tensor.abs() < threshold
             saved.append((tensor, small, tensor[small]))
             tensor.masked_fill_(small, 0)
@@ -92,7 +93,9 @@ def _count(tensors: list[Tensor], threshold: float | None) -> list[int]:
         (tensor == 0).sum() if threshold is None else (tensor.abs() < threshold).sum()
         for tensor in tensors
     ]
-    return torch.stack([count.to(counts[0].device) for count in counts]).tolist()
+    # A distributed tensor's count is one part a process until they are added up.
+    whole = [count.full_tensor() if hasattr(count, "full_tensor") else count for count in counts]
+    return torch.stack([count.to(whole[0].device) for count in whole]).tolist()
 
 
 def _fraction(counts: list[int], tensors: list[Tensor]) -> float:

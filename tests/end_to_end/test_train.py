@@ -11,6 +11,7 @@ from pathlib import Path
 import pandas as pd
 import pytest
 import torch
+
 from conftest import REPOSITORY
 from pnorm_decay import records
 from pnorm_decay.data import Digits
@@ -106,7 +107,7 @@ def test_two_by_two_multirun_on_two_workers_then_records_and_figures(run_program
     folders = ["--runs", str(tmp_path / "runs"), "--results", str(tmp_path / "results")]
     assert run_program("scripts/collect.py", *folders).code == 0
     assert run_program("scripts/plot.py", *folders[2:]).code == 0
-    assert run_program("scripts/tabulate.py", *folders[2:]).code == 0
+    assert run_program("scripts/tables.py", *folders[2:]).code == 0
     frame = records.read(tmp_path / "results" / "demo" / "resnet_digits.csv")
     assert sorted(zip(frame["p"], frame["lr"], strict=True)) == [
         (0.5, 1e-3), (0.5, 1e-2), (1.5, 1e-3), (1.5, 1e-2),

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import pytest
+
 from figures.made_up import adamw, experiment, grid, run
 from pnorm_decay.figures.contour import contour_figure
 from pnorm_decay.figures.frontier import frontier_figure

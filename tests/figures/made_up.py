@@ -5,6 +5,7 @@ from __future__ import annotations
 from itertools import count, product
 
 import pandas as pd
+
 from pnorm_decay import records
 from pnorm_decay.figures.loading import Experiment
 

@@ -2,8 +2,9 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from figures.made_up import adamw, experiment, grid, run
 from matplotlib.contour import ContourSet
+
+from figures.made_up import adamw, experiment, grid, run
 from pnorm_decay.figures.contour import contour_figure, planes
 
 
@@ -104,7 +105,7 @@ def test_colour_bar_is_open_below_only_where_runs_collapsed(accuracy):
     (areas,) = contours(panels(fig)[0], filled=True)
     assert areas.extend == ("min" if accuracy == 10 else "neither")
     assert areas.norm.extend == areas.extend
-    assert areas.levels[0] >= 70
+    assert areas.levels[0] >= 80
     assert bar(fig).get_ylabel() == "validation accuracy (%)"
 
 
@@ -126,6 +127,14 @@ def test_runs_that_span_no_area_are_coloured_dots(rows):
     assert np.ma.allclose(dots.get_array(), [row["val_accuracy"] for row in rows])
 
 
+def test_runs_that_are_alike_look_alike():
+    rows = [run(lambda_p=1e-3, accuracy=90.0), run(lambda_p=1e-2, accuracy=90.0 + 1e-9)]
+    ax = panels(contour_figure(experiment(rows)))[0]
+    (dots,) = [c for c in ax.collections if c.get_label() == "runs"]
+    first, second = dots.to_rgba(dots.get_array())
+    assert (first == second).all()
+
+
 def test_a_p_whose_runs_all_diverged_has_a_panel_of_crosses():
     rows = [*grid(0.5), run(p=0.8, accuracy=None), run(p=0.8, lr=1e-2, accuracy=None)]
     last = panels(contour_figure(experiment(rows)))[1]
@@ -144,7 +153,7 @@ def test_note_has_the_runs_and_those_without_a_place(full, contour):
     assert full.note in text
     assert "Grey crosses: runs that diverged" in text
     assert "Not shown" not in text
-    fig = contour_figure(experiment([*grid(), run(lambda_p=0)]))
+    fig = contour_figure(experiment([*grid(), run(lambda_p=0), run("oto", lambda_p=0)]))
     text = " ".join(fig.texts[-1].get_text().split())
     assert "Not shown: 1 run at" in text
     assert "diverged" not in text

@@ -4,6 +4,7 @@ import matplotlib.colors as colors
 import numpy as np
 import pandas as pd
 import pytest
+
 from figures.made_up import adamw, experiment, grid, run
 from pnorm_decay.figures.frontier import frontier_figure, trade_off
 from pnorm_decay.figures.style import ADAMW_COLOR, p_style
@@ -62,7 +63,9 @@ def test_collapsed_runs_are_marked_and_counted_and_do_not_stretch_the_axis():
     rows = [*grid(), *adamw(), run(lambda_p=1, accuracy=10, sparsity=1.0)]
     fig = frontier_figure(experiment(rows))
     left = fig.axes[0]
-    assert left.get_ylim()[0] > 70
+    assert left.get_ylim()[0] > 90
+    (front,) = lines(left, "p = 0.5")
+    assert min(front.get_ydata()) == 92.5  # the line does not lead down to the collapsed run
     assert left.get_xlim()[1] < 1
     assert "1 below the axis" in legend(fig)
     marks = [line for line in left.get_lines() if line.get_marker() == "v"]

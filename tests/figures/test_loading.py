@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+
 from figures.made_up import experiment, frame, run
 from pnorm_decay import records
 from pnorm_decay.figures.loading import (

@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+
 from pnorm_decay.figures.pareto import pareto_front
 
 # Few distinct values, so that ties are common.

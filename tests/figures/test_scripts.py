@@ -1,12 +1,13 @@
-"""scripts/plot.py and scripts/tabulate.py through their command lines."""
+"""scripts/plot.py and scripts/tables.py through their command lines."""
 
 from __future__ import annotations
 
 import pytest
+
 from figures.made_up import adamw, frame, grid, run
 from pnorm_decay import records
 
-PLOT, TABULATE = "scripts/plot.py", "scripts/tabulate.py"
+PLOT, TABLES = "scripts/plot.py", "scripts/tables.py"
 
 
 @pytest.fixture
@@ -51,7 +52,7 @@ def test_two_experiments_of_a_kind_are_told_apart(run_program, tmp_path):
     }
 
 
-@pytest.mark.parametrize("program", [PLOT, TABULATE])
+@pytest.mark.parametrize("program", [PLOT, TABLES])
 def test_a_bad_file_is_one_line_and_the_others_are_done(run_program, results, program):
     (results / "demo" / "resnet_digits.csv").write_text("run_id,p\n1,2\n")
     fast = ["--format", "png"] if program == PLOT else []
@@ -64,7 +65,7 @@ def test_a_bad_file_is_one_line_and_the_others_are_done(run_program, results, pr
     assert any("figure3" in name or "table1_nanogpt" in name for name in written)
 
 
-@pytest.mark.parametrize("program", [PLOT, TABULATE])
+@pytest.mark.parametrize("program", [PLOT, TABLES])
 def test_nothing_recorded_is_one_line(run_program, tmp_path, program):
     done = run_program(program, "--results", str(tmp_path))
     assert done.code == 2
@@ -80,8 +81,8 @@ def test_a_bad_argument_ends_at_once(run_program, results, arguments):
     assert not (results / "figures").exists()
 
 
-def test_tabulate_writes_both_tables_in_both_formats(run_program, results):
-    done = run_program(TABULATE, "--results", str(results))
+def test_tables_are_written_both_tables_in_both_formats(run_program, results):
+    done = run_program(TABLES, "--results", str(results))
     assert done.code == 0, done.err
     assert files(results / "tables" / "demo") == {
         f"table{n}_{name}.{suffix}"

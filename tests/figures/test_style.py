@@ -3,6 +3,7 @@ from __future__ import annotations
 import matplotlib as mpl
 import pytest
 from matplotlib.figure import Figure
+
 from pnorm_decay.figures.contour import contour_figure
 from pnorm_decay.figures.frontier import frontier_figure
 from pnorm_decay.figures.style import finish, method_styles, p_style, save

@@ -3,6 +3,7 @@ from __future__ import annotations
 import math
 
 import pytest
+
 from figures.made_up import experiment, run
 from pnorm_decay.figures.tables import table1, table1_markdown, table2, table2_markdown
 

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import pandas as pd
 import pytest
+
 from pnorm_decay.figures.toy import CEILING, FLOOR, read, toy_figure
 from pnorm_decay.records import RecordError
 

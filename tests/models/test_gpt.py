@@ -2,8 +2,9 @@ import math
 
 import pytest
 import torch
-from pnorm_decay.models import GPT
 from torch.nn import functional as F
+
+from pnorm_decay.models import GPT
 
 
 def small(**options: float) -> GPT:

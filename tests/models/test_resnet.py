@@ -1,5 +1,6 @@
 import pytest
 import torch
+
 from pnorm_decay.models import ResNet18
 
 

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import pytest
+
 from pnorm_decay import records
 from pnorm_decay.records import COLUMNS
 

@@ -7,6 +7,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+
 from pnorm_decay.training.schedule import WarmupCosine, warmup_cosine
 from pnorm_decay.training.settings import ConfigError
 

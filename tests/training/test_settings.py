@@ -4,6 +4,7 @@ import os
 
 import pytest
 import torch
+
 from pnorm_decay.training.settings import ConfigError, TrainerSettings
 
 

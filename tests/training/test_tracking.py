@@ -5,9 +5,10 @@ import csv
 import pytest
 import torch
 import wandb
+from torch import nn
+
 from pnorm_decay.training.settings import ConfigError
 from pnorm_decay.training.tracking import Tracker, log_weight_histogram
-from torch import nn
 
 
 def model_of(*values: float) -> nn.Module:

@@ -23,6 +23,9 @@ from pnorm_decay.figures.style import WIDTH, accuracy_floor, finish, styled
 
 SPARSITY_LEVELS = (0.01, 0.2, 0.4, 0.8)
 
+# Accuracies below this share of the best one have one colour.
+COLLAPSED = 0.9
+
 # In units of a panel's width or height: about the length of a label.
 SHORTEST_LABELLED = 0.18
 
@@ -76,7 +79,7 @@ def contour_figure(experiment: Experiment) -> Figure:
     panels = planes(experiment)
     n_columns = 4 if len(panels) in (4, 7, 8) or len(panels) > 9 else min(max(len(panels), 1), 3)
     n_rows = -(-max(len(panels), 1) // n_columns)
-    fig = Figure(figsize=(WIDTH, 0.75 + 2.0 * n_rows))
+    fig = Figure(figsize=(WIDTH * min(0.25 + 0.25 * n_columns, 1), 0.75 + 2.0 * n_rows))
     axes = fig.subplots(n_rows, n_columns, squeeze=False)
     norm = _color_scale(panels)
     for ax, plane in zip(axes.flat, panels, strict=False):
@@ -104,7 +107,8 @@ def _key(experiment: Experiment, panels: list[Plane]) -> str:
     text = f"White lines: sparsity {levels}. Dots: runs. Colour between runs is interpolated."
     if any(len(plane.diverged) for plane in panels):
         text += " Grey crosses: runs that diverged."
-    unplaced = int((experiment.runs["lambda_p"] == 0).sum())
+    runs = experiment.runs
+    unplaced = int(((runs["method"] == "pwd") & (runs["lambda_p"] == 0)).sum())
     if unplaced:
         text += f" Not shown: {unplaced} run{'' if unplaced == 1 else 's'} at $\\lambda_p$ = 0."
     return text
@@ -117,7 +121,10 @@ def _color_scale(panels: list[Plane]) -> BoundaryNorm:
     if not len(accuracy):
         return BoundaryNorm([0, 100], _ACCURACY_COLORS.N)
     locator = MaxNLocator(nbins=12, steps=[1, 2, 2.5, 5, 10])
-    steps = np.array(locator.tick_values(accuracy_floor(accuracy), accuracy.max()))
+    best = float(accuracy.max())
+    # At least one per cent, lest runs that are alike should look different.
+    lowest = min(accuracy_floor(accuracy, COLLAPSED), max(best - 1, 0.0))
+    steps = np.array(locator.tick_values(lowest, max(best, 1.0)))
     extend: Literal["min", "neither"] = "min" if accuracy.min() < steps[0] else "neither"
     return BoundaryNorm(steps, _ACCURACY_COLORS.N, extend=extend)
 
@@ -211,8 +218,9 @@ def _fill(ax: Axes, x: Array, y: Array, z: Array, **style: Any) -> ContourSet:
         areas = ax.contourf(*grid, **style)
     else:
         areas = ax.tricontourf(_triangulation(x, y), z, **style)
-    # Without an edge of its own colour, hairlines show between areas.
-    areas.set(edgecolor="face", linewidth=0.4, antialiased=True)
+    # Without an edge of its own colour, hairlines show between areas; snapped to pixels, areas do
+    # not meet.
+    areas.set(edgecolor="face", linewidth=0.4, antialiased=True, snap=False)
     return areas
 
 

@@ -24,6 +24,9 @@ from pnorm_decay.figures.style import (
     styled,
 )
 
+# Accuracies below this share of the best one lie below the axis.
+COLLAPSED = 0.8
+
 # What is drawn alike: a value of p, or a method other than pWD, with all its settings.
 Family = tuple[PointStyle, pd.DataFrame]
 
@@ -91,18 +94,18 @@ def _draw_frontier(ax: Axes, norms: list[Family], others: list[Family], referenc
     """Fills the left panel; returns how many settings lie below its lower limit."""
     shown = pd.concat([points for _, points in norms + others] or [_NO_POINTS])
     accuracy = np.append(shown["val_accuracy"].to_numpy(), reference)
-    floor, best = accuracy_floor(accuracy), float(accuracy.max())
+    floor, best = accuracy_floor(accuracy, COLLAPSED), float(accuracy.max())
     margin = max(0.08 * (best - floor), 0.2)
     inside = shown.loc[shown["val_accuracy"] >= floor, "sparsity"]
     nines_axis(ax, "x", highest=inside.max() if len(inside) else 0.0)
     ax.set_ylim(floor - margin, best + margin)
     ax.set(xlabel="sparsity", ylabel="validation accuracy (%)")
     ax.grid(True)
-    for style, points in norms:
-        _draw_front(ax, style, points)
     n_below = 0
     for style, points in norms + others:
         collapsed = points["val_accuracy"] < floor
+        if style.p is not None:
+            _draw_front(ax, style, points[~collapsed])
         _draw_points(ax, style, points[~collapsed], faint=style.p is not None)
         _draw_collapsed(ax, style, points.loc[collapsed, "sparsity"])
         n_below += int(collapsed.sum())

@@ -154,18 +154,15 @@ def average_seeds(runs: pd.DataFrame, values: Sequence[str] = ()) -> pd.DataFram
 def _repetitions(runs: pd.DataFrame) -> pd.Series:
     """A number for each run, alike within a setting for those that differ in the seed alone."""
     labels = pd.Series(0, index=runs.index)
-    for _, group in runs.groupby(SETTING, dropna=False):
-        if not group["seed"].duplicated().any():
-            continue
-        by_sparsity = group.sort_values(["sparsity", "run_id"])
+    setting = runs.groupby(SETTING, dropna=False).ngroup()
+    ambiguous = setting[runs.duplicated([*SETTING, "seed"])].unique()
+    for number in ambiguous:
+        by_sparsity = runs[setting == number].sort_values(["sparsity", "run_id"])
         gaps = np.diff(nines(by_sparsity["sparsity"].to_numpy()), prepend=0.0)
-        cluster = pd.Series(np.cumsum(gaps > SAME_SPARSITY), index=by_sparsity.index)
-        for _, members in by_sparsity.groupby(cluster):
-            repeated = members["seed"].duplicated().any()
+        for _, members in by_sparsity.groupby(np.cumsum(gaps > SAME_SPARSITY)):
             # Two runs of one seed differ in something that no column tells: never average them.
-            labels[members.index] = labels.max() + (
-                np.arange(1, len(members) + 1) if repeated else 1
-            )
+            differ = members["seed"].duplicated().any()
+            labels[members.index] = labels.max() + 1 + (np.arange(len(members)) if differ else 0)
     return labels
 
 

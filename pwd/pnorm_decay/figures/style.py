@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import textwrap
 from collections.abc import Iterable
 from dataclasses import dataclass
 from itertools import cycle
@@ -128,13 +129,13 @@ def method_label(method: str) -> str:
     return {"pwd": "pWD", "adamw": "AdamW"}.get(method, method)
 
 
-def accuracy_floor(accuracy: NDArray[np.float64]) -> float:
-    """The accuracy, in percent, below which runs count as collapsed and are not told apart.
+def accuracy_floor(accuracy: NDArray[np.float64], share: float) -> float:
+    """The lowest accuracy that is told apart from others, in percent.
 
-    They would squash the differences that matter, so the floor is the lowest accuracy, but never
-    below 80% of the highest.
+    Collapsed runs, those below a share of the best accuracy, would squash the differences that
+    matter, so they do not count.
     """
-    return max(float(accuracy.min()), 0.8 * float(accuracy.max()))
+    return float(accuracy[accuracy >= share * accuracy.max()].min())
 
 
 def nines_axis(ax: Axes, which: Literal["x", "y"], highest: float) -> None:
@@ -171,7 +172,12 @@ def finish(fig: Figure, note: str) -> None:
     The layout is then fixed: it takes as long as the drawing, and need not be found again for each
     format that a figure is written in.
     """
-    text = fig.text(0.01, 0.01, note, fontsize=NOTE_POINTS, color="#555555", va="bottom", wrap=True)
+    characters = 160
+    text = fig.text(0.01, 0.01, note, fontsize=NOTE_POINTS, color="#555555", va="bottom")
+    text.set_text(textwrap.fill(note, characters))
+    while text.get_window_extent().x1 > 0.99 * fig.bbox.width and characters > 20:
+        characters -= 5
+        text.set_text(textwrap.fill(note, characters))
     top = text.get_window_extent().y1 / fig.bbox.height + 0.01
     if fig.axes:
         layout = ConstrainedLayoutEngine(rect=(0, top, 1, 1 - top))

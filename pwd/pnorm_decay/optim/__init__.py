@@ -1,7 +1,18 @@
-"""Optimizers with p-norm weight decay, and the parameter groups they take."""
+"""Optimizers with p-norm weight decay, what they take, and the decay for other optimizers."""
 
 from pnorm_decay.optim.adam import AdamPWD
+from pnorm_decay.optim.attach import PNormDecay, attach_pnorm_decay
 from pnorm_decay.optim.groups import param_groups, split_decayed
+from pnorm_decay.optim.scheduler import OptionScheduler, ramp
 from pnorm_decay.optim.sgd import SGDPWD
 
-__all__ = ["SGDPWD", "AdamPWD", "param_groups", "split_decayed"]
+__all__ = [
+    "SGDPWD",
+    "AdamPWD",
+    "OptionScheduler",
+    "PNormDecay",
+    "attach_pnorm_decay",
+    "param_groups",
+    "ramp",
+    "split_decayed",
+]

@@ -6,7 +6,6 @@ import torch
 from torch import Tensor
 from torch.optim.adam import adam
 
-from pnorm_decay.optim.fused import Options, Rule
 from pnorm_decay.optim.base import (
     Flag,
     Group,
@@ -17,10 +16,80 @@ from pnorm_decay.optim.base import (
     count_step,
     wide,
 )
+from pnorm_decay.optim.fused import Options, Rule
 
 
 class AdamPWD(PNormDecayOptimizer):
-    """Adam with p-norm weight decay."""
+    r"""Adam with p-norm weight decay: AdamW's drop-in replacement that makes networks sparse.
+
+    One step, with `alpha` the group's present `lr` and the w on the right the weight before it:
+
+        m <- beta1 m + (1 - beta1) grad,   v <- beta2 v + (1 - beta2) grad^2
+        u  = m_hat / (sqrt(v_hat) + eps),  m_hat and v_hat corrected for their bias as in Adam
+        s  = |w|^(p-2)
+        w <- (w - alpha u) / (1 + alpha (lambda_p s + weight_decay))
+
+    It minimises `loss + (lambda_p / p) sum |w|^p + (weight_decay / 2) sum w^2`. Zeros are exact
+    and, for `p < 2`, final: a weight at 0 stays there. `lambda_p = 0` without `weight_decay` is
+    `torch.optim.Adam` to the bit; `p = 2` is decoupled L2 decay.
+
+    **Choosing p.** Below 1, weights under `(lambda_p / |u|)^(1 / (1-p))` fall to 0 and the others
+    are hardly touched: sparse networks; start at 0.8. At 1 every weight is pulled alike. Between
+    1 and 2 weights become small, not zero. Above 2 only large weights are held.
+
+    **Choosing lambda_p.** Sweep it by factors of 3 around 1e-3 at `lr = 1e-3`; what counts is
+    its ratio to u, which is of order 1. At `p = 2` it is AdamW's `weight_decay` to first order
+    in `alpha` (AdamW multiplies by `1 - alpha weight_decay`); at another p a weight of size |w|
+    decays like under AdamW's `weight_decay = lambda_p |w|^(p-2)`, so that a typical |w| of 0.02
+    at `p = 0.8` makes `lambda_p = 1e-3` act like 0.11. The authors' public code leaves the `1/p`
+    out of the penalty: its lambda times p is `lambda_p`.
+
+    Decay matrices and convolutions only (`param_groups`), as the paper does.
+
+    Args:
+        params: parameters, or groups of them; every option below but `differentiable` can be
+            given per group.
+        lr: learning rate, in [0, inf); a float, or a tensor of one element.
+        betas: decay of the averages of the gradient and of its square, in [0, 1).
+        eps: added to the root of the second moment, at least 0.
+        weight_decay: the L2 part of the elastic net, in [0, inf), in the same denominator. It is
+            0 by default, where AdamW's is 0.01.
+        amsgrad: whether the denominator uses the largest second moment so far.
+        p: the norm's exponent, in (0, inf).
+        lambda_p: the strength of the decay, in [0, inf). p and lambda_p can be left out where
+            every group brings its own, as those of `param_groups` do.
+        reweight_every: s is refreshed at the first step and every so many steps after it
+            (Figure 1, dashed); 1 refreshes it at every step.
+        auxiliary_beta: in [0, 1). At a refresh, `q <- auxiliary_beta q + (1 - auxiliary_beta) /
+            (1 + |w|^(p-2))`, and the step uses `s = (1 - q) / q`: s follows |w|^(p-2) with a
+            delay. The state is q because it stays in [0, 1] for every p; its first value is the
+            one without delay. 0 is no delay.
+        maximize: whether to maximise the loss.
+        foreach: True for torch's operations on lists of tensors.
+        capturable: whether the step may be captured in a CUDA graph: step counts stay on the
+            device, and a tensor lr is read there.
+        differentiable: whether autograd may differentiate through the step; the reference
+            implementation.
+        fused: True for one pass over the memory in compiled code, built at the first step in
+            well under a second and kept for later processes (CPU: a C compiler; CUDA: the
+            run-time compiler that torch brings). With both None, fused where it can be had for
+            the device and dtype, else foreach; both False is the reference, which reads like the
+            equations above.
+
+    The state is that of `torch.optim.AdamW`, in the parameter's dtype, so that its `state_dict`
+    can be loaded here and this one's there (`weight_decay` and the options that the other does
+    not know then keep the values given here). `auxiliary`, holding q, is there only with
+    `reweight_every > 1` or `auxiliary_beta > 0`. 16-bit parameters are computed in float32.
+    Results below the smallest normal number of the arithmetic's dtype become 0.
+
+    Raises:
+        ValueError: an option is out of its range; the message names it and its value.
+        RuntimeError: options that exclude each other.
+
+    Example:
+        >>> model = torch.nn.Linear(4, 2)
+        >>> optimizer = AdamPWD(param_groups(model, p=0.8, lambda_p=1e-3), lr=1e-3)
+    """
 
     valid: ClassVar = {
         **PNormDecayOptimizer.valid,
@@ -89,12 +158,12 @@ class AdamPWD(PNormDecayOptimizer):
 
     def _direction(self, grad: Tensor, slot: Slot, group: Group) -> Tensor:
         beta1, beta2 = group["betas"]
-        m = torch.lerp(wide(slot.state["exp_avg"], group), grad, 1 - beta1)
-        v = beta2 * wide(slot.state["exp_avg_sq"], group) + (1 - beta2) * grad * grad
+        m = torch.lerp(wide(slot.state["exp_avg"]), grad, 1 - beta1)
+        v = beta2 * wide(slot.state["exp_avg_sq"]) + (1 - beta2) * grad * grad
         slot.state["exp_avg"].copy_(m)
         slot.state["exp_avg_sq"].copy_(v)
         if group["amsgrad"]:
-            v = torch.maximum(wide(slot.state["max_exp_avg_sq"], group), v)
+            v = torch.maximum(wide(slot.state["max_exp_avg_sq"]), v)
             slot.state["max_exp_avg_sq"].copy_(v)
         m_hat = m / (1 - beta1**slot.count)
         v_hat = v / (1 - beta2**slot.count)
@@ -104,10 +173,13 @@ class AdamPWD(PNormDecayOptimizer):
         device = slots[0].param.device
         # Where torch has a fused Adam, a piece in the cache is passed once instead of ten times.
         native = device.type in ("cpu", "cuda")
+        states = [slot.state for slot in slots]
         adam(
             [slot.param for slot in slots],
             [slot.grad for slot in slots],
-            *([slot.state[name] for slot in slots if name in slot.state] for name in self.moments),
+            [state["exp_avg"] for state in states],
+            [state["exp_avg_sq"] for state in states],
+            [state["max_exp_avg_sq"] for state in states] if group["amsgrad"] else [],
             [torch.as_tensor(slot.count - 1, dtype=torch.float32, device=device) for slot in slots],
             foreach=not native,
             fused=native,

@@ -2,7 +2,7 @@
 
 import math
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -16,6 +16,8 @@ from pnorm_decay.optim import fused
 __all__ = ["Group", "PNormDecayOptimizer", "Slot"]
 
 Group = dict[str, Any]
+# Option -> (test of a valid value, how a message describes it).
+Valid = dict[str, tuple[Callable[[Any], bool], str]]
 Number = float | Tensor  # a tensor of one element where the step is captured or differentiated
 
 # Elements that the foreach implementation works on at a time: on a CPU what stays in its cache,
@@ -47,8 +49,7 @@ class PNormDecayOptimizer(Optimizer):
     weight before the step. A subclass gives u, in the forms that the implementations need.
     """
 
-    # Option -> (test of a valid value, how a message describes it).
-    valid: ClassVar[dict[str, tuple[Callable[[Any], bool], str]]] = {
+    valid: ClassVar[Valid] = {
         "lr": (lambda v: 0 <= v < math.inf, "at least 0 and finite"),
         "p": (lambda v: 0 < v < math.inf, "positive and finite"),
         "lambda_p": (lambda v: 0 <= v < math.inf, "at least 0 and finite"),
@@ -76,9 +77,11 @@ class PNormDecayOptimizer(Optimizer):
             RuntimeError: options that exclude each other.
         """
         group = {**self.defaults, **param_group}
-        if isinstance(group["lr"], Tensor) and group["lr"].numel() != 1:
-            raise ValueError("Invalid lr: a tensor lr must have one element")
-        self._check({**group, "lr": float(group["lr"])})
+        if isinstance(group["lr"], Tensor):
+            if group["lr"].numel() != 1:
+                raise ValueError("Invalid lr: a tensor lr must have one element")
+            group["lr"] = group["lr"].item()
+        self._check(group)
         super().add_param_group(param_group)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -106,13 +109,8 @@ class PNormDecayOptimizer(Optimizer):
         self._met_decay = set()
 
     def _check(self, group: Group) -> None:
-        for option, (is_valid, description) in self.valid.items():
-            value = group[option]
-            if value is None:
-                raise ValueError(f"Missing {option}: give it to {type(self).__name__} or its group")
-            # Looking into a tensor would make every step wait for its device.
-            if not isinstance(value, Tensor) and not is_valid(value):
-                raise ValueError(f"Invalid {option}: {value} (must be {description})")
+        owner = f"{type(self).__name__} or its group"
+        _check_values(group, self.valid, self.valid, owner)
         if group["fused"] and (group["foreach"] or group["differentiable"]):
             other = "foreach" if group["foreach"] else "differentiable"
             raise RuntimeError(f"`fused` and `{other}` cannot be `True` together")
@@ -149,7 +147,8 @@ class PNormDecayOptimizer(Optimizer):
         return loss
 
     def _decayed_step(self, params: list[Tensor], group: Group) -> None:
-        self._guard(params, group)
+        refuse_complex(params, type(self).__name__)
+        warn_of_stuck(params, group, self._met_decay)
         alpha: Number = group["lr"]
         if isinstance(alpha, Tensor) and not _keeps_tensors(group):
             alpha = float(alpha)
@@ -168,28 +167,6 @@ class PNormDecayOptimizer(Optimizer):
                 for slot in slots:
                     if id(slot) not in done:
                         self._reference(slot, group, alpha)
-
-    def _guard(self, params: list[Tensor], group: Group) -> None:
-        """Refuses complex parameters; warns of those that p < 2 holds at 0 from the start."""
-        if any(param.is_complex() for param in params):
-            raise RuntimeError(
-                f"{type(self).__name__} does not decay complex parameters: put them into a group "
-                "with lambda_p=0 and weight_decay=0"
-            )
-        new = [param for param in params if id(param) not in self._met_decay]
-        if not new or group["p"] >= 2 or not group["lambda_p"]:
-            return
-        self._met_decay.update(map(id, new))
-        moving = torch.stack([local(param).any().cpu() for param in new]).tolist()
-        stuck = [param for param, moves in zip(new, moving, strict=True) if not moves]
-        stuck = [param for param in stuck if param.numel()]
-        if stuck:
-            warnings.warn(
-                "These parameters are entirely zero, and decay with p < 2 keeps them there: "
-                f"{', '.join(_names(stuck, group))}. Leave them undecayed, for instance with "
-                'param_groups(..., zero_init="exclude").',
-                stacklevel=4,
-            )
 
     def _slots(self, params: list[Tensor], group: Group) -> Iterator[Slot]:
         begun = self._begin(params, group)
@@ -232,7 +209,7 @@ class PNormDecayOptimizer(Optimizer):
 
     def _reference(self, slot: Slot, group: Group, alpha: Number) -> None:
         """The paper's algorithm for one tensor, line by line."""
-        w, grad = wide(slot.param, group), wide(slot.grad, group)
+        w, grad = wide(slot.param), wide(slot.grad)
         u = self._direction(-grad if group["maximize"] else grad, slot, group)
         # 1 + alpha (lambda_p s + weight_decay) = (1 + step s) / scale
         scale = 1 / (1 + alpha * group["weight_decay"])
@@ -240,11 +217,11 @@ class PNormDecayOptimizer(Optimizer):
         if "auxiliary" not in slot.state:
             factor = shrink_factor(w, group["p"], step)  # 1 / (1 + step s), s = |w|^(p-2)
         else:
-            q = wide(slot.state["auxiliary"], group)  # 1 / (1 + s)
+            q = wide(slot.state["auxiliary"])  # 1 / (1 + s)
             fresh = shrink_factor(w, group["p"], 1)
             q = torch.lerp(q, fresh, _blend(slot, group, q))
             slot.state["auxiliary"].copy_(flush_subnormal(q))
-            q = wide(slot.state["auxiliary"], group)
+            q = wide(slot.state["auxiliary"])
             factor = (q / (q + step * (1 - q))).nan_to_num(1)  # 0 / 0 where step = 0
         w = (w - alpha * u) * (factor * scale)
         slot.param.copy_(flush_subnormal(w))
@@ -300,6 +277,53 @@ class PNormDecayOptimizer(Optimizer):
         kernel(records, options)
 
 
+def check_decay(group: Group) -> None:
+    """Raises ValueError if the group's p or lambda_p is out of its range."""
+    _check_values(group, ("p", "lambda_p"), PNormDecayOptimizer.valid, "the group")
+
+
+def _check_values(group: Group, options: Iterable[str], valid: Valid, owner: str) -> None:
+    for option in options:
+        value, (is_valid, description) = group[option], valid[option]
+        if value is None:
+            raise ValueError(f"Missing {option}: give it to {owner}")
+        # Looking into a tensor would make every step wait for its device.
+        if not isinstance(value, Tensor) and not is_valid(value):
+            raise ValueError(f"Invalid {option}: {value} (must be {description})")
+
+
+def refuse_complex(params: list[Tensor], owner: str) -> None:
+    """Raises RuntimeError if a parameter is complex."""
+    if any(param.is_complex() for param in params):
+        raise RuntimeError(
+            f"{owner} does not decay complex parameters: put them into a group with lambda_p=0 "
+            "and weight_decay=0"
+        )
+
+
+def warn_of_stuck(params: list[Tensor], group: Group, met_decay: set[int]) -> None:
+    """Warns of parameters that p < 2 holds at 0 from the start.
+
+    Args:
+        params: some of the group's parameters.
+        group: their group.
+        met_decay: the ids of parameters that have been looked at, which this one extends.
+    """
+    new = [param for param in params if param.numel() and id(param) not in met_decay]
+    if not new or group["p"] >= 2 or not group["lambda_p"]:
+        return
+    met_decay.update(map(id, new))
+    moves = torch.stack([(local(param) != 0).any().cpu() for param in new]).tolist()
+    names = [name for name, moving in zip(_names(new, group), moves, strict=True) if not moving]
+    if names:
+        warnings.warn(
+            "These parameters are entirely zero, and decay with p < 2 keeps them there: "
+            f"{', '.join(names)}. Leave them undecayed, for instance with "
+            'param_groups(..., zero_init="exclude").',
+            stacklevel=5,
+        )
+
+
 def keep(name: str, saved: Group) -> bool:
     """Whether a loaded group's option replaces the present one."""
     return name != "weight_decay" or "lambda_p" in saved
@@ -311,18 +335,18 @@ def local(tensor: Tensor) -> Tensor:
     return tensor if to_local is None else to_local()
 
 
-def wide(tensor: Tensor, group: Group) -> Tensor:
+def wide(tensor: Tensor) -> Tensor:
     """The tensor for arithmetic: 16-bit types as float32.
 
-    A copy if the step is differentiated, because the original is overwritten.
+    A copy where the step is differentiated, because the original is overwritten.
     """
     if tensor.dtype in SIXTEEN_BIT:
         return tensor.float()
-    return tensor.clone() if group["differentiable"] else tensor
+    return tensor.clone() if torch.is_grad_enabled() else tensor
 
 
 def flush_subnormal(w: Tensor) -> Tensor:
-    """w with 0 for what is below the smallest normal number: some CPUs crawl there."""
+    """W with 0 for what is below the smallest normal number: some CPUs crawl there."""
     return w.masked_fill(w.abs() < torch.finfo(w.dtype).tiny, 0)
 
 
@@ -413,7 +437,8 @@ def _copy_back(slots: list[Slot], stored: list[Slot], name: str | None) -> None:
         if name is None or name in target.state
     ]
     if pairs:
-        torch._foreach_copy_(*map(list, zip(*pairs, strict=True)))
+        targets, sources = zip(*pairs, strict=True)
+        torch._foreach_copy_(list(targets), list(sources))
 
 
 def _blend(slot: Slot, group: Group, like: Tensor) -> Tensor:

@@ -36,6 +36,7 @@ CUDA_TENSORS = 40
 CUDA_BLOCK = 4096
 CUDA_THREADS = 512
 
+
 class Rule(IntEnum):
     """How the direction comes from the gradient, as in fused.c."""
 

@@ -31,19 +31,39 @@ def split_decayed(model: nn.Module) -> tuple[NamedParameters, NamedParameters]:
     return decayed, undecayed
 
 
-def param_groups(model: nn.Module, *, p: float, lambda_p: float) -> list[dict[str, Any]]:
+def param_groups(
+    model: nn.Module, *, p: float, lambda_p: float, zero_init: str = "decay"
+) -> list[dict[str, Any]]:
     """Two parameter groups for an optimizer: decayed, and the rest with `lambda_p = 0`.
 
     Args:
         model: any module; see `split_decayed` for which of its parameters decay.
         p: the norm's exponent, in (0, inf).
         lambda_p: the strength of the decay, in [0, inf).
+        zero_init: what to do with tensors that are entirely zero, such as LoRA's B matrices or
+            the last layer of a zero-initialised residual branch: with `p < 2` they could never
+            move. "decay" leaves them decayed (the optimizer warns), "exclude" puts them into the
+            undecayed group if `p < 2`.
 
     Returns:
-        `[decayed, undecayed]`, each with `params`, `p` and `lambda_p`.
+        `[decayed, undecayed]`, each with `params`, their `names`, `p` and `lambda_p`.
+
+    Raises:
+        ValueError: zero_init is neither "decay" nor "exclude".
     """
+    if zero_init not in ("decay", "exclude"):
+        raise ValueError(f'Invalid zero_init: {zero_init!r} (must be "decay" or "exclude")')
     decayed, undecayed = split_decayed(model)
+    if zero_init == "exclude" and p < 2:
+        moves = [bool(parameter.detach().any()) for _, parameter in decayed]
+        undecayed += [named for named, moving in zip(decayed, moves, strict=True) if not moving]
+        decayed = [named for named, moving in zip(decayed, moves, strict=True) if moving]
     return [
-        {"params": [parameter for _, parameter in decayed], "p": p, "lambda_p": lambda_p},
-        {"params": [parameter for _, parameter in undecayed], "p": p, "lambda_p": 0.0},
+        {
+            "params": [parameter for _, parameter in named],
+            "names": [name for name, _ in named],
+            "p": p,
+            "lambda_p": strength,
+        }
+        for named, strength in ((decayed, lambda_p), (undecayed, 0.0))
     ]

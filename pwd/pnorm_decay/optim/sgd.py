@@ -20,7 +20,38 @@ from pnorm_decay.optim.fused import Options, Rule
 
 
 class SGDPWD(PNormDecayOptimizer):
-    """SGD with p-norm weight decay."""
+    """SGD with p-norm weight decay.
+
+    `w <- (w - lr u) / (1 + lr (lambda_p |w|^(p-2) + weight_decay))`, with the w on the right the
+    weight before the step and u the gradient or its momentum as in `torch.optim.SGD`, to which
+    it is equal to the bit if `lambda_p` and `weight_decay` are 0. Unlike there, `weight_decay` is
+    decoupled: it is not added to the gradient.
+
+    See `AdamPWD` for how to choose p and lambda_p, and for the options not explained here. With
+    SGD, u is a gradient and not of order 1: lambda_p wants to be that much smaller.
+
+    Args:
+        params: parameters, or groups of them; every option below but `differentiable` can be
+            given per group.
+        lr: learning rate, in [0, inf); a float, or a tensor of one element.
+        momentum: momentum factor, at least 0.
+        dampening: dampening of the momentum.
+        weight_decay: the L2 part of the elastic net, in [0, inf).
+        nesterov: whether the momentum is Nesterov's.
+        p: the norm's exponent, in (0, inf).
+        lambda_p: the strength of the decay, in [0, inf). p and lambda_p can be left out where
+            every group brings its own, as those of `param_groups` do.
+        reweight_every: how often s is refreshed; more than 1 adds a step count to the state.
+        auxiliary_beta: how slowly s follows `|w|^(p-2)`, in [0, 1).
+        maximize: whether to maximise the loss.
+        foreach: True for torch's operations on lists of tensors.
+        differentiable: whether autograd may differentiate through the step.
+        fused: True for one pass over the memory in compiled code.
+
+    Raises:
+        ValueError: an option is out of its range; the message names it and its value.
+        RuntimeError: options that exclude each other.
+    """
 
     valid: ClassVar = {
         **PNormDecayOptimizer.valid,
@@ -93,7 +124,7 @@ class SGDPWD(PNormDecayOptimizer):
             return grad
         buffer = grad
         if slot.count != 1:
-            old = wide(slot.state["momentum_buffer"], group)
+            old = wide(slot.state["momentum_buffer"])
             buffer = momentum * old + (1 - group["dampening"]) * grad
         slot.state["momentum_buffer"].copy_(buffer)
         return grad + momentum * buffer if group["nesterov"] else buffer
@@ -109,9 +140,7 @@ class SGDPWD(PNormDecayOptimizer):
             torch._foreach_mul_(buffers, group["momentum"])
             torch._foreach_add_(buffers, torch._foreach_mul(directions, fresh))
             if group["nesterov"]:
-                directions = list(
-                    torch._foreach_add(directions, buffers, alpha=group["momentum"])
-                )
+                directions = list(torch._foreach_add(directions, buffers, alpha=group["momentum"]))
             else:
                 directions = buffers
         torch._foreach_sub_(moved, torch._foreach_mul(directions, alpha))

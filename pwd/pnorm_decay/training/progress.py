@@ -10,9 +10,11 @@ from typing import Any
 from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
 from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.errors import HydraException
 from hydra.experimental.callback import Callback
 from hydra.types import RunMode
 from omegaconf import DictConfig
+from omegaconf.errors import OmegaConfBaseException
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
@@ -69,6 +71,14 @@ def run_line(name: str, record: Mapping[str, Any], note: str = "") -> str:
         f"{sweep_position()}{name}: accuracy {record['val_accuracy']:.2f} %, "
         f"sparsity {record['sparsity']:.4f}, {record['seconds']:.1f} s{note}"
     )
+
+
+def report(error: Exception) -> None:
+    """Says what the user can mend; Hydra spreads a short message over many lines."""
+    message = str(error)
+    if isinstance(error, HydraException | OmegaConfBaseException):
+        message = " ".join(f"{message} {error.__cause__ or ''}".split())
+    console.print("error:", message, style="red")
 
 
 def training_progress() -> Progress:

@@ -81,6 +81,7 @@ class Tracker:
             console="off",
             save_code=False,
             disable_git=True,
+            disable_job_creation=True,
             x_disable_stats=True,
             x_disable_machine_info=True,
         )

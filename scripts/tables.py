@@ -6,10 +6,11 @@ import argparse
 import sys
 from pathlib import Path
 
+from rich.console import Console
+
 from pnorm_decay.figures.loading import SCALES, Experiment, load_all
 from pnorm_decay.figures.tables import table1, table1_markdown, table2, table2_markdown
 from pnorm_decay.records import write_atomically
-from rich.console import Console
 
 console = Console(highlight=False, soft_wrap=True, markup=False)
 

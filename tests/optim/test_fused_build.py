@@ -1,0 +1,159 @@
+"""Building the fused step: the cache, what happens without a compiler, and the CUDA source."""
+
+import multiprocessing
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from torch.nn import Parameter
+
+from pnorm_decay import AdamPWD
+from pnorm_decay.optim import fused
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """A cache folder of the test's own, and no kernel remembered by the process."""
+    monkeypatch.setenv("PNORM_DECAY_CACHE", str(tmp_path / "cache"))
+    fused.kernel.cache_clear()
+    yield tmp_path / "cache"
+    fused.kernel.cache_clear()
+
+
+def step(**options: bool) -> Parameter:
+    param = Parameter(torch.full((3, 3), 0.5))
+    param.grad = torch.full((3, 3), 0.1)
+    AdamPWD([param], p=0.8, lambda_p=0.1, **options).step()
+    return param
+
+
+def test_it_is_built_once_and_for_each_dtype(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert fused.kernel(CPU, torch.float32) is not None
+    (library,) = cache.iterdir()  # and nothing half-built beside it
+    built = library.stat().st_mtime_ns
+    fused.kernel.cache_clear()
+    assert fused.kernel(CPU, torch.float32) is not None
+    assert library.stat().st_mtime_ns == built
+    assert fused.kernel(CPU, torch.bfloat16) is not None
+    assert len(list(cache.iterdir())) == 2
+    source = cache.parent / "changed.c"
+    source.write_bytes(fused.SOURCE.read_bytes() + b"\n")
+    monkeypatch.setattr(fused, "SOURCE", source)
+    fused.kernel.cache_clear()
+    assert fused.kernel(CPU, torch.float32) is not None
+    assert len(list(cache.iterdir())) == 3
+
+
+def build() -> None:
+    warnings.simplefilter("error")
+    assert fused.kernel(CPU, torch.float32) is not None
+
+
+def test_processes_that_build_at_once_do_no_harm(cache: Path) -> None:
+    context = multiprocessing.get_context("fork")  # to start at once, with torch imported
+    processes = [context.Process(target=build) for _ in range(3)]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join()
+    assert [process.exitcode for process in processes] == [0, 0, 0]
+    assert len(list(cache.iterdir())) == 1
+
+
+@pytest.mark.parametrize("compiler", ["no-such-compiler", "false"])
+def test_without_a_compiler_one_warning_and_the_same_numbers(
+    cache: Path, monkeypatch: pytest.MonkeyPatch, compiler: str
+) -> None:
+    monkeypatch.setenv("CC", compiler)
+    with pytest.warns(UserWarning, match="several times slower.*Install a C compiler") as caught:
+        param = step()
+    assert len(caught) == 1
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert torch.equal(step(fused=True), param)
+        assert torch.equal(step(foreach=True), param)
+    monkeypatch.delenv("CC")
+    fused.kernel.cache_clear()
+    torch.testing.assert_close(step(fused=True), param)
+
+
+def test_no_warning_where_foreach_was_asked_for(
+    cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("CC", "no-such-compiler")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        step(foreach=True)
+        step(foreach=False)
+
+
+def test_a_cache_folder_that_cannot_be_written_is_done_without(
+    cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cache.write_text("a file where the folder should be")
+    assert fused.kernel(CPU, torch.float32) is not None
+    assert cache.is_file()
+
+
+def test_the_compiler_can_be_chosen(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CC", "gcc -DUNUSED=1")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert fused.kernel(CPU, torch.float32) is not None
+
+
+def test_other_dtypes_and_devices_have_no_kernel() -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert fused.kernel(CPU, torch.complex64) is None
+        assert fused.kernel(torch.device("meta"), torch.float32) is None
+
+
+@pytest.mark.parametrize("storage", fused.STORAGE.values())
+def test_the_cuda_kernel_compiles(cache: Path, storage: int) -> None:
+    """With the run-time compiler alone: no GPU is needed to see that the source is right."""
+    if torch.version.cuda is None:
+        pytest.skip("needs a build of torch with CUDA, which brings NVRTC")
+    binary = fused.cuda_binary(storage, "sm_80")
+    assert binary[:4] == b"\x7fELF"
+    assert b"step_cuda" in binary
+    assert fused.cuda_binary(storage, "sm_80") == binary
+    assert len(list(cache.iterdir())) == 1
+
+
+def test_a_source_that_does_not_compile_shows_the_compilers_message(
+    cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if torch.version.cuda is None:
+        pytest.skip("needs a build of torch with CUDA, which brings NVRTC")
+    source = cache.parent / "wrong.c"
+    source.write_text("undefined thing;")
+    monkeypatch.setattr(fused, "SOURCE", source)
+    with pytest.raises(RuntimeError, match="undefined"):
+        fused.cuda_binary(32, "sm_80")
+    assert not list(cache.iterdir())
+
+
+def test_threads_share_the_work() -> None:
+    """With several threads every element is updated once, whatever the sizes of the tensors."""
+    generator = torch.Generator().manual_seed(0)
+    values = [torch.randn(n, generator=generator) for n in (1, 511, 512, 513, 70_000)]
+    before = torch.get_num_threads()
+    results = []
+    try:
+        for threads in (1, 3):
+            torch.set_num_threads(threads)
+            params = [Parameter(value.clone()) for value in values]
+            optimizer = AdamPWD(params, p=0.7, lambda_p=0.1, fused=True)
+            for _ in range(3):
+                for param, value in zip(params, values, strict=True):
+                    param.grad = value.flip(0)
+                optimizer.step()
+            results.append(params)
+    finally:
+        torch.set_num_threads(before)
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))

@@ -1,0 +1,80 @@
+"""Zero tensors under p < 2: the warning, and leaving them out."""
+
+import warnings
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import Parameter
+
+from pnorm_decay import SGDPWD, AdamPWD, attach_pnorm_decay, param_groups
+
+
+def lora() -> nn.Module:
+    model = nn.ModuleDict({"a": nn.Linear(3, 2), "b": nn.Linear(2, 3, bias=False)})
+    nn.init.zeros_(model["b"].weight)
+    for parameter in model.parameters():
+        parameter.grad = torch.ones_like(parameter)
+    return model
+
+
+def attach(groups: Any, **options: Any) -> torch.optim.Optimizer:
+    optimizer = torch.optim.SGD(groups, lr=0.1)
+    attach_pnorm_decay(optimizer, **{"p": 0.5, "lambda_p": 0.1, **options})
+    return optimizer
+
+
+@pytest.mark.parametrize("make", [AdamPWD, SGDPWD, attach])
+def test_a_zero_tensor_is_named_once(make: Any) -> None:
+    model = lora()
+    optimizer = make(param_groups(model, p=0.5, lambda_p=0.1))
+    with pytest.warns(UserWarning, match=r"entirely zero.*: b\.weight\. Leave") as caught:
+        optimizer.step()
+    assert len(caught) == 1
+    assert caught[0].filename == __file__
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        optimizer.step()
+    assert not model["b"].weight.any()
+
+
+def test_a_tensor_without_a_name_is_described() -> None:
+    params = [Parameter(torch.ones(2, 2)), Parameter(torch.zeros(2, 3))]
+    for param in params:
+        param.grad = torch.ones_like(param)
+    with pytest.warns(UserWarning, match=r": number 1 \(shape \(2, 3\)\)\. Leave"):
+        AdamPWD(params, p=0.5, lambda_p=0.1).step()
+
+
+def test_torchs_own_names_are_used() -> None:
+    model = lora()
+    with pytest.warns(UserWarning, match=r": b\.weight\. Leave"):
+        AdamPWD(model.named_parameters(), p=0.5, lambda_p=0.1).step()
+
+
+def test_the_warning_comes_when_decay_begins() -> None:
+    model = lora()
+    optimizer = AdamPWD(param_groups(model, p=0.5, lambda_p=0.0))
+    nn.init.ones_(model["a"].weight)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for group, p, strength in ((0, 0.5, 0.0), (0, 2.0, 0.1)):
+            optimizer.param_groups[group].update(p=p, lambda_p=strength)
+            optimizer.step()
+    nn.init.zeros_(model["b"].weight)
+    optimizer.param_groups[0]["p"] = 0.5
+    with pytest.warns(UserWarning, match=r"b\.weight"):
+        optimizer.step()
+
+
+@pytest.mark.parametrize(("p", "excluded"), [(0.5, True), (1.9, True), (2.0, False), (3.0, False)])
+def test_zero_tensors_can_be_excluded(p: float, excluded: bool) -> None:
+    model = lora()
+    groups = param_groups(model, p=p, lambda_p=0.1, zero_init="exclude")
+    assert ("b.weight" in groups[1]["names"]) == excluded
+    assert ("b.weight" in groups[0]["names"]) != excluded
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        AdamPWD(groups).step()
+    assert model["b"].weight.any()

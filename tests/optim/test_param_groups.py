@@ -1,0 +1,64 @@
+"""Which parameters decay."""
+
+import math
+
+import pytest
+import torch
+from torch import nn
+
+from pnorm_decay import AdamPWD, param_groups
+from pnorm_decay.optim import split_decayed
+
+
+def network() -> nn.Module:
+    model = nn.Sequential(
+        nn.Embedding(7, 4), nn.Conv1d(4, 4, 1), nn.LayerNorm(4), nn.Linear(4, 7, bias=False)
+    )
+    model[3].weight = model[0].weight  # tied
+    model.append(nn.Linear(2, 2)).append(nn.PReLU())
+    model[4].weight.requires_grad_(False)
+    return model
+
+
+def test_matrices_decay_and_the_rest_does_not() -> None:
+    decayed, undecayed = split_decayed(network())
+    assert [name for name, _ in decayed] == ["0.weight", "1.weight"]
+    names = ["1.bias", "2.weight", "2.bias", "4.weight", "4.bias", "5.weight"]
+    assert [name for name, _ in undecayed] == names
+
+
+def test_the_groups_have_every_parameter_once() -> None:
+    model = network()
+    decayed, undecayed = groups = param_groups(model, p=0.5, lambda_p=0.25)
+    assert {name: decayed[name] for name in ("p", "lambda_p")} == {"p": 0.5, "lambda_p": 0.25}
+    assert {name: undecayed[name] for name in ("p", "lambda_p")} == {"p": 0.5, "lambda_p": 0.0}
+    listed = [id(param) for group in groups for param in group["params"]]
+    assert sorted(listed) == sorted(map(id, model.parameters()))
+    assert [group["names"] for group in groups] == [
+        [name for name, _ in part] for part in split_decayed(model)
+    ]
+
+
+def test_a_step_decays_only_the_decayed_group() -> None:
+    model = nn.Linear(2, 2)
+    nn.init.ones_(model.weight)
+    nn.init.ones_(model.bias)
+    optimizer = AdamPWD(param_groups(model, p=1, lambda_p=1.0), lr=1.0)
+    for parameter in model.parameters():
+        parameter.grad = torch.zeros_like(parameter)
+    optimizer.step()
+    assert model.weight.tolist() == [[0.5, 0.5], [0.5, 0.5]]
+    assert model.bias.tolist() == [1.0, 1.0]
+
+
+def test_a_model_without_biases_gives_an_empty_group() -> None:
+    groups = param_groups(nn.Linear(2, 2, bias=False), p=1, lambda_p=1.0)
+    assert [len(group["params"]) for group in groups] == [1, 0]
+    AdamPWD(groups).step()
+
+
+def test_bad_values_are_named() -> None:
+    with pytest.raises(ValueError, match="Invalid zero_init: 'include'"):
+        param_groups(network(), p=1, lambda_p=1, zero_init="include")
+    with pytest.raises(ValueError, match="Invalid lambda_p: nan"):
+        AdamPWD(param_groups(network(), p=1, lambda_p=math.nan))

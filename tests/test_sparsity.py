@@ -1,0 +1,66 @@
+"""What counts as zero, of which tensors."""
+
+import pytest
+import torch
+from torch import nn
+
+from pnorm_decay import sparsity
+from pnorm_decay.sparsity import layer_sparsity, zero_fraction, zeroed
+
+
+@pytest.fixture
+def model() -> nn.Module:
+    model = nn.Sequential(nn.Linear(4, 5), nn.LayerNorm(5), nn.Linear(5, 2, bias=False))
+    with torch.no_grad():
+        model[0].weight.fill_(1.0)
+        model[0].weight[0] = 0.0  # 4 zeros
+        model[0].weight[1, 0] = -1e-14
+        model[0].bias.zero_()  # does not decay, so does not count
+        model[2].weight.fill_(1e-13)  # not below the threshold
+    return model
+
+
+def test_counts_the_decayed_weights_below_the_threshold(model: nn.Module) -> None:
+    assert sparsity(model) == 5 / 30
+    assert sparsity(model, threshold=2e-13) == 15 / 30
+    assert sparsity(model, threshold=0) == 0
+    assert sparsity(model.parameters()) == 5 / 30
+    assert sparsity([model[0].weight, model[0].weight]) == 5 / 20
+    assert zero_fraction(model) == 4 / 30
+    assert layer_sparsity(model) == {"0.weight": 5 / 20, "2.weight": 0.0}
+
+
+def test_frozen_and_shared_parameters(model: nn.Module) -> None:
+    model.append(nn.Linear(5, 2, bias=False))
+    model[3].weight = model[2].weight
+    assert sparsity(model) == 5 / 30
+    model[2].weight.requires_grad_(False)
+    assert sparsity(model) == 5 / 20
+
+
+def test_not_a_number_is_not_zero(model: nn.Module) -> None:
+    with torch.no_grad():
+        model[2].weight.fill_(torch.nan)
+    assert sparsity(model) == 5 / 30
+
+
+@pytest.mark.parametrize("nothing", [nn.LayerNorm(3), []])
+def test_nothing_that_decays_is_an_error(nothing: object) -> None:
+    with pytest.raises(ValueError, match="No decayed weight"):
+        sparsity(nothing)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_zeroed_restores_the_weights(model: nn.Module, fails: bool) -> None:
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    try:
+        with zeroed(model, threshold=1e-12) as inside:
+            assert inside is model
+            assert zero_fraction(model) == 15 / 30
+            assert model[0].weight[2, 0] == 1
+            if fails:
+                raise KeyError
+    except KeyError:
+        assert fails
+    for name, value in model.state_dict().items():
+        assert torch.equal(value, before[name])
