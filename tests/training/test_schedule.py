@@ -8,7 +8,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pnorm_decay.training.schedule import WarmupCosine, warmup_cosine
+from pnorm_decay import AdamPWD
+from pnorm_decay.training.schedule import DecaySchedule, WarmupCosine, warmup_cosine
 from pnorm_decay.training.settings import ConfigError
 
 
@@ -72,3 +73,39 @@ def test_bad_values(options):
 def test_epochs_need_data_with_epochs():
     with pytest.raises(ConfigError, match="warmup_steps"):
         WarmupCosine(warmup_epochs=1).warmup(100, None)
+
+
+def test_decay_schedule_leads_to_the_given_value_and_leaves_the_undecayed_alone():
+    decayed, undecayed = (torch.nn.Parameter(torch.ones(2, 2)) for _ in range(2))
+    optimizer = AdamPWD(
+        [{"params": [decayed]}, {"params": [undecayed], "lambda_p": 0.0}], p=0.5, lambda_p=0.4
+    )
+    schedule = DecaySchedule(option="lambda_p", start=0.0, begin=0.25, end=0.75)
+    (scheduler,) = schedule.attach(optimizer, 8)
+    values = []
+    for _ in range(8):
+        values.append([group["lambda_p"] for group in optimizer.param_groups])
+        scheduler.step()
+    assert [value for value, _ in values] == pytest.approx([0, 0, 0, 0.1, 0.2, 0.3, 0.4, 0.4])
+    assert all(other == 0 for _, other in values)
+    assert DecaySchedule(option=None).attach(optimizer, 8) == []
+
+
+@pytest.mark.parametrize(
+    ("options", "named"),
+    [
+        ({"option": "p", "start": 0.0}, "start=0.0"),
+        ({"option": "lambda_p", "start": -1.0}, "start=-1.0"),
+        ({"option": "p", "start": 2.0, "begin": 0.5, "end": 0.5}, "end=0.5"),
+        ({"option": "p", "start": 2.0, "begin": -0.1}, "begin=-0.1"),
+    ],
+)
+def test_bad_decay_schedules(options, named):
+    with pytest.raises(ConfigError, match=named):
+        DecaySchedule(**options)
+
+
+def test_an_optimizer_without_the_option():
+    optimizer = torch.optim.AdamW([torch.nn.Parameter(torch.ones(1))])
+    with pytest.raises(ConfigError, match="no such option"):
+        DecaySchedule(option="p", start=2.0).attach(optimizer, 10)

@@ -8,6 +8,7 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
+from torch.nn import Parameter
 from torch.optim import Optimizer
 
 from pnorm_decay.decay import shrink_factor
@@ -22,7 +23,7 @@ Number = float | Tensor  # a tensor of one element where the step is captured or
 
 # Elements that the foreach implementation works on at a time: on a CPU what stays in its cache,
 # elsewhere what bounds the temporary memory at little cost.
-CPU_PIECE = 2**17
+CPU_PIECE = 2**19
 DEVICE_PIECE = 2**24
 
 Flag = bool | Tensor
@@ -179,9 +180,8 @@ class PNormDecayOptimizer(Optimizer):
                     local(state["auxiliary"]).copy_(shrink_factor(local(param), group["p"], 1))
         for param, (state, count, refresh) in zip(params, begun, strict=True):
             assert param.grad is not None
-            grad = local(param.grad).to(param.dtype)
             tensors = {name: local(state[name]) for name in names}
-            yield Slot(local(param), grad, tensors, count, refresh)
+            yield Slot(local(param), local(param.grad), tensors, count, refresh)
 
     def _begin(self, params: list[Tensor], group: Group) -> list[tuple[State, Number, Flag]]:
         """The states, with what is missing created, after counting the step; as in Slot."""
@@ -331,6 +331,8 @@ def keep(name: str, saved: Group) -> bool:
 
 def local(tensor: Tensor) -> Tensor:
     """The part of a distributed tensor (DTensor) that this process holds; others unchanged."""
+    if type(tensor) in (Tensor, Parameter):
+        return tensor
     to_local = getattr(tensor, "to_local", None)
     return tensor if to_local is None else to_local()
 
@@ -386,15 +388,17 @@ def _implementation(
 
 def _is_flat(slot: Slot) -> bool:
     """Whether all tensors of the slot list their elements in one order without gaps."""
-    param = slot.param
-    tensors = [slot.grad, *(value for name, value in slot.state.items() if name != "step")]
-    if any(t.dtype != param.dtype or t.device != param.device for t in tensors):
-        return False
-    if param.is_contiguous() and all(t.is_contiguous() for t in tensors):
+    param, others = slot.param, (slot.grad, *slot.state.values())
+    contiguous = param.is_contiguous()
+    for other in others:
+        if other.dtype != param.dtype or other.device != param.device:
+            return False
+        contiguous = contiguous and other.is_contiguous()
+    if contiguous:
         return True
     order = sorted(range(param.ndim), key=param.stride, reverse=True)
     return param.permute(order).is_contiguous() and all(
-        t.stride() == param.stride() for t in tensors
+        other.stride() == param.stride() for other in others
     )
 
 
@@ -419,7 +423,7 @@ def _cut(slot: Slot, start: int, length: int) -> Slot:
     def view(tensor: Tensor) -> Tensor:
         return tensor.as_strided((length,), (1,), tensor.storage_offset() + start)
 
-    state = {name: view(value) for name, value in slot.state.items() if name != "step"}
+    state = {name: view(value) for name, value in slot.state.items()}
     return Slot(view(slot.param), view(slot.grad), state, slot.count, slot.refresh)
 
 

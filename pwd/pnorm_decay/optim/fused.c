@@ -122,12 +122,11 @@ INLINE real exp_2(real x) { return exp2(x); }
 #else
 /* The C library's log2f and exp2f are calls, which no compiler turns into vector code. These two
  * are accurate to about 1e-7. Independent halves of each polynomial keep its latency short. */
-INLINE float log_2(float x) { /* x > 0, finite */
-  const int one = 0x3f800000, half_root = 0x3f3504f3; /* 1, sqrt(1/2) */
-  float is_small = x < SMALLEST;
-  x = x < SMALLEST ? x * 0x1p32f : x;
-  int bits = bits_of(x) + (one - half_root);
-  float exponent = (float)((bits >> 23) - 127) - 32 * is_small;
+INLINE float log_2(float x) { /* x > 0, finite; below the smallest normal number, that number's */
+  const int one = 0x3f800000, half_root = 0x3f3504f3, smallest = 0x00800000; /* 1, sqrt(1/2) */
+  int bits = bits_of(x);
+  bits = (bits > smallest ? bits : smallest) + (one - half_root);
+  float exponent = (float)((bits >> 23) - 127);
   float f = float_of((bits & 0x7fffff) + half_root) - 1, f2 = f * f, f4 = f2 * f2;
   float low = (1.442695f - 0.721347199f * f) + (0.480910281f - 0.360716249f * f) * f2;
   float high = (0.287939048f - 0.238675993f * f) + (0.215213039f - 0.208931961f * f) * f2;
@@ -243,7 +242,7 @@ extern "C" __global__ void step_cuda(const Launch launch) {
 
 #else
 
-#define BLOCK 512 /* elements whose factors stay in the fastest cache */
+#define BLOCK 256 /* elements whose factors stay in the fastest cache */
 
 /* A loop for each constant `value`: inside, the compiler sees no branch. */
 #define CASE(value, loop) case value: { enum { K = value }; loop } break;

@@ -32,7 +32,7 @@ from pnorm_decay.training.progress import (
     sweep_position,
     sweep_workers,
 )
-from pnorm_decay.training.schedule import WarmupCosine
+from pnorm_decay.training.schedule import DecaySchedule, WarmupCosine
 from pnorm_decay.training.settings import ConfigError, TrainerSettings
 from pnorm_decay.training.tracking import Tracker
 from pnorm_decay.training.trainer import Outcome, check_channels_last, make_accelerator, train
@@ -69,6 +69,7 @@ def _run(config: dict[str, Any], name: str) -> dict[str, Any]:
     settings = TrainerSettings.from_config(config["trainer"])
     data: Dataset = build(config, "data")
     schedule: WarmupCosine = build(config, "schedule")
+    decay_schedule: DecaySchedule = build(config, "decay_schedule")
     run_id = identity(config, data.label)
     run_dir = Path(config["runs_dir"]) / config["experiment_name"] / run_id
     record = finished_record(config, run_dir, run_id)
@@ -90,6 +91,7 @@ def _run(config: dict[str, Any], name: str) -> dict[str, Any]:
     optimizer = build_optimizer(config, model)
     per_epoch = steps_per_epoch(data, settings.batch_size)
     steps = settings.total_steps(per_epoch)
+    decay_schedulers = decay_schedule.attach(optimizer, steps)
 
     run_dir.mkdir(parents=True, exist_ok=True)
     with Tracker(
@@ -106,7 +108,7 @@ def _run(config: dict[str, Any], name: str) -> dict[str, Any]:
             data=data,
             model=model,
             optimizer=optimizer,
-            scheduler=schedule.attach(optimizer, steps, per_epoch),
+            schedulers=[schedule.attach(optimizer, steps, per_epoch), *decay_schedulers],
             steps=steps,
             eval_every=settings.evaluation_interval(steps, per_epoch),
             settings=settings,
@@ -177,7 +179,10 @@ def identity(config: Mapping[str, Any], label: str) -> str:
         "trainer": {
             k: v for k, v in config["trainer"].items() if k not in TrainerSettings.NOT_IDENTITY
         },
-        **{k: config[k] for k in ("model", "optimizer", "pruning", "schedule", "seed")},
+        **{
+            k: config[k]
+            for k in ("model", "optimizer", "pruning", "schedule", "decay_schedule", "seed")
+        },
     }
     text = json.dumps(_canonical(what), sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()[:12]

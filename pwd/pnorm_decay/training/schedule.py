@@ -1,4 +1,4 @@
-"""The learning-rate schedule."""
+"""The schedules: of the learning rate, and of the decay's options."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from functools import partial
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
+from pnorm_decay.optim import OptionScheduler, ramp
 from pnorm_decay.training.settings import ConfigError, check
 
 
@@ -72,3 +73,39 @@ class WarmupCosine:
             final_fraction=self.final_fraction,
         )
         return LambdaLR(optimizer, factor)
+
+
+@dataclass(frozen=True)
+class DecaySchedule:
+    """What `configs/decay_schedule/*.yaml` sets: one option's way to the value that it was given.
+
+    Attributes:
+        option: an option of the optimizer's groups, such as "p" or "lambda_p"; None: no schedule.
+        start: its value up to ``begin``.
+        begin: where the way begins, as a fraction of the run, in [0, 1).
+        end: where the option has reached the value that the optimizer was given, in (begin, 1].
+    """
+
+    option: str | None = None
+    start: float = 0.0
+    begin: float = 0.0
+    end: float = 0.2
+
+    def __post_init__(self) -> None:
+        lowest = self.start > 0 if self.option == "p" else self.start >= 0
+        check(lowest and self.start < math.inf, "decay_schedule.start", self.start, "a valid value")
+        check(0 <= self.begin < 1, "decay_schedule.begin", self.begin, "in [0, 1)")
+        check(self.begin < self.end <= 1, "decay_schedule.end", self.end, "in (begin, 1]")
+
+    def attach(self, optimizer: Optimizer, steps: int) -> list[OptionScheduler]:
+        """The scheduler for a run of ``steps``, or none."""
+        if self.option is None:
+            return []
+        begin = round(self.begin * steps)
+        length = max(1, round(self.end * steps) - begin)
+        try:
+            return [OptionScheduler(optimizer, self.option, ramp(self.start, length, begin))]
+        except ValueError as error:
+            raise ConfigError(
+                f"decay_schedule.option={self.option}: the optimizer has no such option"
+            ) from error

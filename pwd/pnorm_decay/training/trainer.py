@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,7 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
 from pnorm_decay.data import Dataset
-from pnorm_decay.optim import split_decayed
+from pnorm_decay.optim import OptionScheduler, split_decayed
 from pnorm_decay.sparsity import sparsity, zero_fraction, zeroed
 from pnorm_decay.training import checkpoint
 from pnorm_decay.training.progress import training_progress
@@ -105,7 +106,7 @@ def train(
     data: Dataset,
     model: nn.Module,
     optimizer: Optimizer,
-    scheduler: LRScheduler,
+    schedulers: Sequence[LRScheduler | OptionScheduler],
     steps: int,
     eval_every: int,
     settings: TrainerSettings,
@@ -120,7 +121,7 @@ def train(
         data: a data set that is set up on the accelerator's device.
         model: maps a batch of inputs to logits (..., classes).
         optimizer: over the model's parameters.
-        scheduler: of the optimizer's learning rate, stepped after every step.
+        schedulers: of the optimizer's options, stepped after every step.
         steps: the run's length.
         eval_every: steps between evaluations; the last step is always evaluated.
         settings: batch sizes, clipping, memory format, checkpoints.
@@ -141,7 +142,8 @@ def train(
     if state is not None:
         plain_model.load_state_dict(state["model"])
         optimizer.load_state_dict(state["optimizer"])
-        scheduler.load_state_dict(state["scheduler"])
+        for scheduler, saved_schedule in zip(schedulers, state["schedulers"], strict=True):
+            scheduler.load_state_dict(saved_schedule)
         checkpoint.set_random_state(state["random"])
         tracker.restore(state["history"])
         first_step, seconds_before = state["step"], state["seconds"]
@@ -160,8 +162,9 @@ def train(
                 accelerator.clip_grad_norm_(model.parameters(), settings.clip_grad_norm)
             optimizer.step()
             optimizer.zero_grad()
-            lr = scheduler.get_last_lr()[0]
-            scheduler.step()
+            lr = optimizer.param_groups[0]["lr"]
+            for scheduler in schedulers:
+                scheduler.step()
             loss_sum += loss.detach()
             bar.update(task, completed=step + 1)
 
@@ -192,7 +195,7 @@ def train(
                     "seconds": row["seconds"],
                     "model": plain_model.state_dict(),
                     "optimizer": optimizer.state_dict(),
-                    "scheduler": scheduler.state_dict(),
+                    "schedulers": [scheduler.state_dict() for scheduler in schedulers],
                     "random": checkpoint.random_state(),
                     "history": tracker.history,
                 }
