@@ -23,7 +23,7 @@ import torch
 from rich.console import Console
 
 from pnorm_decay import SGDPWD, auxiliary, penalty
-from pnorm_decay.records import write_atomically
+from pnorm_decay.files import write_text
 
 DEFAULT_OUTPUT = Path("results/toy/figure1.csv")
 
@@ -130,7 +130,7 @@ def main() -> None:
     table = trajectories(args.p, args.lr, args.steps, args.every, args.w0)
     console = Console(highlight=False, soft_wrap=True, markup=False)
     try:
-        write_atomically(args.output, table.to_csv(index=False, lineterminator="\n"))
+        write_text(args.output, table.to_csv(index=False, lineterminator="\n"))
     except OSError as error:
         console.print(f"error: cannot write {args.output}: {error.strerror}")
         sys.exit(2)

@@ -10,7 +10,7 @@ from rich.console import Console
 
 from pnorm_decay.figures.loading import SCALES, Experiment, load_all
 from pnorm_decay.figures.tables import table1, table1_markdown, table2, table2_markdown
-from pnorm_decay.records import write_atomically
+from pnorm_decay.files import write_text
 
 console = Console(highlight=False, soft_wrap=True, markup=False)
 
@@ -26,7 +26,7 @@ def write_tables(experiment: Experiment, folder: Path) -> None:
             (stem.with_suffix(".md"), markdown(experiment)),
             (stem.with_suffix(".csv"), text),
         ):
-            write_atomically(path, content)
+            write_text(path, content)
             console.print(f"wrote {path}")
 
 

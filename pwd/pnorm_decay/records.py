@@ -7,12 +7,13 @@ figures and tables are made from, and what is committed.
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
+
+from pnorm_decay.files import write_text
 
 RESULT_FILE = "result.json"
 
@@ -47,20 +48,6 @@ class RecordError(ValueError):
     """A record or a results file is not what it should be; the message names the file."""
 
 
-def write_atomically(path: Path, text: str) -> None:
-    """Writes ``text`` to ``path`` so that a reader sees the old file or the new one, never half."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        with temporary.open("w") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
 def write_result(run_dir: Path, result: Mapping[str, Any]) -> None:
     """Marks a run as complete: writes its ``result.json``, last and atomically.
 
@@ -71,7 +58,7 @@ def write_result(run_dir: Path, result: Mapping[str, Any]) -> None:
     missing = COLUMNS.keys() - result["record"].keys()
     if missing:
         raise RecordError(f"the record of {run_dir} lacks {', '.join(sorted(missing))}")
-    write_atomically(run_dir / RESULT_FILE, json.dumps(result, indent=2) + "\n")
+    write_text(run_dir / RESULT_FILE, json.dumps(result, indent=2) + "\n")
 
 
 def read_result(run_dir: Path) -> dict[str, Any] | None:
@@ -129,5 +116,5 @@ def write(path: Path, rows: pd.DataFrame, *, keep: bool = True) -> pd.DataFrame:
         frame = pd.concat([old[~old["run_id"].isin(frame["run_id"])], frame])
     order = ["method", "p", "lambda_p", "lr", "seed", "run_id"]
     frame = frame.sort_values(order, kind="stable", ignore_index=True)
-    write_atomically(path, frame.to_csv(index=False, lineterminator="\n"))
+    write_text(path, frame.to_csv(index=False, lineterminator="\n"))
     return frame

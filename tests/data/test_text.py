@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 from pnorm_decay.data import DataError, PydocTopics, TinyShakespeare, text
-from pnorm_decay.data.files import atomic_write
+from pnorm_decay.data.files import cache_write
 from torch import Tensor
 
 CPU = torch.device("cpu")
@@ -231,7 +231,7 @@ def test_an_interrupted_write_leaves_nothing(tmp_path: Path) -> None:
     target.write_bytes(b"old")
 
     def interrupted() -> None:
-        with atomic_write(target) as file:
+        with cache_write(target) as file:
             file.write(b"half")
             raise KeyboardInterrupt
 
@@ -243,9 +243,9 @@ def test_an_interrupted_write_leaves_nothing(tmp_path: Path) -> None:
 
 def test_two_writers_at_once_both_end_well(tmp_path: Path) -> None:
     target = tmp_path / "file"
-    with atomic_write(target) as slow:
+    with cache_write(target) as slow:
         slow.write(b"slow ")
-        with atomic_write(target) as quick:
+        with cache_write(target) as quick:
             quick.write(b"quick")
         assert target.read_bytes() == b"quick"
         slow.write(b"but whole")
@@ -257,7 +257,7 @@ def test_a_reader_of_the_old_file_is_not_disturbed(tmp_path: Path) -> None:
     target = tmp_path / "file"
     target.write_bytes(b"old")
     with target.open("rb") as reader:
-        with atomic_write(target) as file:
+        with cache_write(target) as file:
             file.write(b"new")
         assert reader.read() == b"old"
     assert target.read_bytes() == b"new"
@@ -267,6 +267,6 @@ def test_an_unusable_folder_is_named(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     with (
         pytest.raises(DataError, match=r"cannot write .*file/inside: "),
-        atomic_write(tmp_path / "file" / "inside"),
+        cache_write(tmp_path / "file" / "inside"),
     ):
         pytest.fail("opened a file below a file")

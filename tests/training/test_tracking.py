@@ -48,7 +48,7 @@ def test_history_goes_to_csv_and_to_wandb_and_the_run_is_closed(tmp_path):
         log.log(row | {"step": 2}, model_of(0.0, 1.0))
         summary = dict(wandb.run.summary)
     assert wandb.run is None
-    assert summary["layer_sparsity/weight"] == 0.5
+    assert summary["weights/sparsity/weight"] == 0.5
     with (tmp_path / "metrics.csv").open() as file:
         assert [line["step"] for line in csv.DictReader(file)] == ["1", "2"]
 

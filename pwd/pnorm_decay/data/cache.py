@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pnorm_decay.data.files import atomic_write
+from pnorm_decay.data.files import cache_write
 
 # What NumPy raises on a truncated or altered file: its members carry checksums.
 DAMAGED_CACHE_ERRORS = (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile)
@@ -77,5 +77,5 @@ class Images:
         Raises:
             DataError: the folder cannot be written or the disk is full.
         """
-        with atomic_write(path) as file:
+        with cache_write(path) as file:
             np.savez(file, **{name: tensor.numpy() for name, tensor in vars(self).items()})

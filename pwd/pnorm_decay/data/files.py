@@ -1,44 +1,31 @@
-"""Files that are either complete or absent: atomic writes, checked downloads, checksums."""
+"""Files of the data cache: written whole or not at all, downloads checked."""
 
 import hashlib
-import os
 import urllib.request
-import uuid
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from http.client import HTTPException
 from pathlib import Path
 from typing import BinaryIO
 
 from pnorm_decay.data.base import DataError
+from pnorm_decay.files import atomic_write
 
 TIMEOUT_SECONDS = 30
 
 
 @contextmanager
-def atomic_write(path: Path) -> Iterator[BinaryIO]:
-    """Open a file that takes the name `path` only once it is complete and on the disk.
-
-    The temporary file lies in the same folder under a name of its own, so that two processes may
-    write the same path at once: the last one wins, and readers see a whole file at any time.
+def cache_write(path: Path) -> Iterator[BinaryIO]:
+    """As `files.atomic_write`, for a file of the data cache.
 
     Raises:
         DataError: the folder cannot be written or the disk is full.
     """
-    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with temporary.open("xb") as file:
+        with atomic_write(path) as file:
             yield file
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
     except OSError as error:
         raise DataError(f"cannot write {path}: {error.strerror or error}") from error
-    finally:
-        # Gone already after the rename; after any failure, an interrupt too, it must not stay.
-        with suppress(OSError):
-            temporary.unlink()
 
 
 def download(url: str, sha256: str) -> bytes:

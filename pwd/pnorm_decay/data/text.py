@@ -17,7 +17,7 @@ from pnorm_decay.data.base import (
     keep_latest,
     random_stream,
 )
-from pnorm_decay.data.files import atomic_write, check_sha256, download
+from pnorm_decay.data.files import cache_write, check_sha256, download
 
 TRAIN_FRACTION = 0.9
 BLOCK_STARTS = 2  # this module's purpose for random_stream
@@ -207,7 +207,7 @@ class TinyShakespeare(TextDataset):
         """
         content = self._content()
         if self.path != self.cached:
-            with atomic_write(self.cached) as file:
+            with cache_write(self.cached) as file:
                 file.write(content)
         return self.cached
 
@@ -235,6 +235,6 @@ class TinyShakespeare(TextDataset):
                 f"{error}\nPut that file at {self.cached}, or set data.path=... "
                 "(or the environment variable PNORM_SHAKESPEARE) to a local copy."
             ) from error
-        with atomic_write(self.cached) as file:
+        with cache_write(self.cached) as file:
             file.write(content)
         return content

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import textwrap
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -20,6 +19,7 @@ from matplotlib.ticker import FixedLocator, FuncFormatter, NullFormatter
 from numpy.typing import NDArray
 
 from pnorm_decay.figures.loading import MOST_NINES, nines
+from pnorm_decay.files import atomic_write
 
 WIDTH = 7.2  # inches: the text width of a two-column paper
 NOTE_POINTS = 6.0
@@ -195,10 +195,5 @@ def save(fig: Figure, path: Path) -> None:
         if path.suffix == ".png"
         else {"CreationDate": None, "Creator": None, "Producer": None}
     )
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        fig.savefig(temporary, format=path.suffix[1:], metadata=metadata)
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    with atomic_write(path) as file:
+        fig.savefig(file, format=path.suffix[1:], metadata=metadata)

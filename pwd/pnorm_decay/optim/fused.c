@@ -170,29 +170,31 @@ INLINE real factor_of_auxiliary(real q, const Scalars *c) {
   return c->decay == NO_DECAY ? 1 : q / (q + c->step * (1 - q));
 }
 
-/* The moments and the weight of element i, given its factor. */
-INLINE void update(const Tensor *t, const Scalars *c, real factor, integer i, int rule) {
-  real w = load(t->param[i]), g = c->sign * load(t->grad[i]), u = g;
+/* w - alpha u for element i, after updating its moments. */
+INLINE real moved(const Tensor *t, const Scalars *c, real w, integer i, int rule) {
+  real g = c->sign * load(t->grad[i]);
+  if (rule == SGD) return w - c->rate * g;
   if (rule == MOMENTUM) {
     real buffer = c->keep1 * load(t->first[i]) + c->blend1 * g;
     t->first[i] = narrow(buffer);
-    u = c->own * g + c->look_ahead * buffer;
+    return w - c->rate * (c->own * g + c->look_ahead * buffer);
   }
-  if (rule >= ADAM) {
-    real m = load(t->first[i]), v = load(t->second[i]);
-    m += c->blend1 * (g - m);
-    v = c->keep2 * v + c->blend2 * g * g;
-    t->first[i] = narrow(m);
-    t->second[i] = narrow(v);
-    if (rule == AMSGRAD) {
-      real largest = load(t->largest[i]);
-      v = largest >= v ? largest : v;
-      t->largest[i] = narrow(v);
-    }
-    u = m / (SQRT(v) * c->root_scale + c->eps);
+  real m = load(t->first[i]), v = load(t->second[i]);
+  m += c->blend1 * (g - m);
+  v = c->keep2 * v + c->blend2 * g * g;
+  t->first[i] = narrow(m);
+  t->second[i] = narrow(v);
+  if (rule == AMSGRAD) {
+    real largest = load(t->largest[i]);
+    v = largest >= v ? largest : v;
+    t->largest[i] = narrow(v);
   }
-  w = (w - c->rate * u) * (c->scale * factor);
-  t->param[i] = narrow(ABS(w) < SMALLEST ? 0 : w); /* no subnormal weight: some CPUs crawl */
+  return w - c->rate * (m / (SQRT(v) * c->root_scale + c->eps));
+}
+
+INLINE storage decayed(real w, real factor, const Scalars *c) {
+  w *= c->scale * factor;
+  return narrow(ABS(w) < SMALLEST ? 0 : w); /* no subnormal weight: some CPUs crawl */
 }
 
 #ifdef __CUDACC__
@@ -232,11 +234,12 @@ extern "C" __global__ void step_cuda(const Launch launch) {
       if (c.decay == P_ANY) factor = factor_completed(factor);
     }
     switch (launch.options.rule) {
-      case SGD: update(t, &c, factor, i, SGD); break;
-      case MOMENTUM: update(t, &c, factor, i, MOMENTUM); break;
-      case ADAM: update(t, &c, factor, i, ADAM); break;
-      default: update(t, &c, factor, i, AMSGRAD);
+      case SGD: w = moved(t, &c, w, i, SGD); break;
+      case MOMENTUM: w = moved(t, &c, w, i, MOMENTUM); break;
+      case ADAM: w = moved(t, &c, w, i, ADAM); break;
+      default: w = moved(t, &c, w, i, AMSGRAD);
     }
+    t->param[i] = decayed(w, factor, &c);
   }
 }
 
@@ -272,19 +275,24 @@ static void relaxed_factors(const storage *RESTRICT w, storage *RESTRICT auxilia
 
 static void step_block(const Tensor *t, const Scalars *c, integer begin, int n, int rule) {
   real f[BLOCK];
+  storage *param = t->param + begin;
   if (t->auxiliary)
-    relaxed_factors(t->param + begin, t->auxiliary + begin, f, n, c);
+    relaxed_factors(param, t->auxiliary + begin, f, n, c);
   else
-    factors(t->param + begin, f, n, c->decay, c->exponent, c->step, c->log_step);
+    factors(param, f, n, c->decay, c->exponent, c->step, c->log_step);
 #define LOOP _Pragma("omp simd") \
-  for (int i = 0; i < n; i++) update(t, c, f[i], begin + i, K);
-  switch (rule) {
-    CASE(SGD, LOOP) CASE(MOMENTUM, LOOP) CASE(ADAM, LOOP) CASE(AMSGRAD, LOOP)
-  }
+  for (int i = 0; i < n; i++) \
+    param[i] = decayed(moved(t, c, load(param[i]), begin + i, K), f[i], c);
+  switch (rule) { CASE(SGD, LOOP) CASE(MOMENTUM, LOOP) CASE(ADAM, LOOP) CASE(AMSGRAD, LOOP) }
 #undef LOOP
 }
 
+#define GRAIN 32768 /* elements below which starting a thread costs more than it saves */
+
 void step_cpu(const Tensor *tensors, integer count, const Options *options, int threads) {
+  integer total = 0;
+  for (integer j = 0; j < count; j++) total += tensors[j].numel;
+  if (total < GRAIN) threads = 1;
 #pragma omp parallel num_threads(threads) if (threads > 1)
   for (integer j = 0; j < count; j++) {
     const Tensor t = tensors[j];

@@ -2,26 +2,20 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 from typing import Any
 
 import torch
+
+from pnorm_decay.files import atomic_write
 
 CHECKPOINT_FILE = "checkpoint.pt"
 
 
 def save(path: Path, state: dict[str, Any]) -> None:
     """Writes ``state`` (tensors, numbers, strings, lists, dicts) atomically."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        with temporary.open("wb") as file:
-            torch.save(state, file)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    with atomic_write(path) as file:
+        torch.save(state, file)
 
 
 def load(path: Path) -> dict[str, Any] | None:

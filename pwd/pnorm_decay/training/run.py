@@ -15,12 +15,13 @@ from typing import Any
 import torch
 from accelerate.utils import set_seed
 from hydra.errors import InstantiationException
-from hydra.utils import instantiate
+from hydra.utils import get_class, instantiate
 from omegaconf import DictConfig, OmegaConf
 from torch import nn
 from torch.optim import Optimizer
 
 from pnorm_decay import records
+from pnorm_decay.baselines import Pruning
 from pnorm_decay.data import DataError, Dataset
 from pnorm_decay.optim import split_decayed
 from pnorm_decay.training import checkpoint
@@ -35,7 +36,13 @@ from pnorm_decay.training.progress import (
 from pnorm_decay.training.schedule import DecaySchedule, WarmupCosine
 from pnorm_decay.training.settings import ConfigError, TrainerSettings
 from pnorm_decay.training.tracking import Tracker
-from pnorm_decay.training.trainer import Outcome, check_channels_last, make_accelerator, train
+from pnorm_decay.training.trainer import (
+    Outcome,
+    check_channels_last,
+    make_accelerator,
+    place,
+    train,
+)
 
 MODEL_FILE = "model.pt"
 # The strength of the decay under its name in each optimizer; undecayed parameters get 0.
@@ -70,6 +77,7 @@ def _run(config: dict[str, Any], name: str) -> dict[str, Any]:
     data: Dataset = build(config, "data")
     schedule: WarmupCosine = build(config, "schedule")
     decay_schedule: DecaySchedule = build(config, "decay_schedule")
+    pruning = build_pruning(config)
     run_id = identity(config, data.label)
     run_dir = Path(config["runs_dir"]) / config["experiment_name"] / run_id
     record = finished_record(config, run_dir, run_id)
@@ -88,9 +96,11 @@ def _run(config: dict[str, Any], name: str) -> dict[str, Any]:
     if settings.channels_last:
         check_channels_last(model, device)
         model = model.to(memory_format=torch.channels_last)
-    optimizer = build_optimizer(config, model)
     per_epoch = steps_per_epoch(data, settings.batch_size)
     steps = settings.total_steps(per_epoch)
+    example = place(data.train_batch(0, 2, config["seed"])[0], settings.channels_last)
+    pruning.setup(model, example, steps=steps, warmup=schedule.warmup(steps, per_epoch))
+    optimizer = build_optimizer(config, model)
     decay_schedulers = decay_schedule.attach(optimizer, steps)
 
     run_dir.mkdir(parents=True, exist_ok=True)
@@ -100,7 +110,7 @@ def _run(config: dict[str, Any], name: str) -> dict[str, Any]:
         run_id=run_id,
         experiment=config["experiment_name"],
         sweep=config["sweep_name"],
-        method=config["optimizer"]["method"],
+        method=hyperparameters(config)["method"],
         name=name,
         config=config,
     ) as tracker:
@@ -108,6 +118,7 @@ def _run(config: dict[str, Any], name: str) -> dict[str, Any]:
             data=data,
             model=model,
             optimizer=optimizer,
+            pruning=pruning,
             schedulers=[schedule.attach(optimizer, steps, per_epoch), *decay_schedulers],
             steps=steps,
             eval_every=settings.evaluation_interval(steps, per_epoch),
@@ -122,7 +133,7 @@ def _run(config: dict[str, Any], name: str) -> dict[str, Any]:
         tracker.summarise(record)
 
     if settings.save_model:
-        checkpoint.save(run_dir / MODEL_FILE, model.state_dict())
+        checkpoint.save(run_dir / MODEL_FILE, pruning.plain_model().state_dict())
     result = {"config": config, "record": record, "provenance": provenance}
     records.write_result(run_dir, result)
     (run_dir / checkpoint.CHECKPOINT_FILE).unlink(missing_ok=True)
@@ -140,6 +151,12 @@ def build(config: Mapping[str, Any], group: str, **arguments: Any) -> Any:
     except InstantiationException as error:
         cause = error.__cause__ or error
         raise ConfigError(f"{group}: {' '.join(str(cause).split())}") from cause
+
+
+def build_pruning(config: Mapping[str, Any]) -> Pruning:
+    """The configured method of making zeros beside the optimizer."""
+    options = {key: value for key, value in config["pruning"].items() if key != "name"}
+    return build({"pruning": options}, "pruning")
 
 
 def build_optimizer(config: Mapping[str, Any], model: nn.Module) -> Optimizer:
@@ -202,13 +219,15 @@ def _canonical(value: Any) -> Any:
 def hyperparameters(config: Mapping[str, Any]) -> dict[str, Any]:
     """Method, p, lambda_p, lr and seed as records name them.
 
-    AdamW's decay is that of p = 2, so its weight decay stands as lambda_p.
+    AdamW's decay is that of p = 2, so its weight decay stands as lambda_p. With pruning, the method
+    is the pruning's, and so is p where the pruning determines it.
     """
-    optimizer = config["optimizer"]
+    optimizer, pruning = config["optimizer"], config["pruning"]
     decay = next((optimizer[option] for option in DECAY_OPTIONS if option in optimizer), 0.0)
+    own_p = get_class(pruning["_target_"]).exponent(pruning)
     return {
-        "method": optimizer["method"],
-        "p": float(optimizer.get("p", 2.0)),
+        "method": optimizer["method"] if pruning["name"] == "none" else pruning["name"],
+        "p": float(optimizer.get("p", 2.0) if own_p is None else own_p),
         "lambda_p": float(decay),
         "lr": float(optimizer["lr"]),
         "seed": config["seed"],
@@ -217,8 +236,11 @@ def hyperparameters(config: Mapping[str, Any]) -> dict[str, Any]:
 
 def run_name(config: Mapping[str, Any]) -> str:
     """What a person reads in a list of runs."""
-    values = hyperparameters(config)
-    return "{method} p={p:g} lambda_p={lambda_p:g} lr={lr:g} seed={seed}".format(**values)
+    name = "{method} p={p:g} lambda_p={lambda_p:g} lr={lr:g} seed={seed}".format(
+        **hyperparameters(config)
+    )
+    target = config["pruning"].get("sparsity")
+    return name if target is None else f"{name} sparsity={target}"
 
 
 def finished_record(config: Mapping[str, Any], run_dir: Path, run_id: str) -> dict[str, Any] | None:

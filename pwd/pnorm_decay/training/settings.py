@@ -22,7 +22,8 @@ def check(condition: bool, key: str, value: object, wanted: str) -> None:
         raise ConfigError(f"{key}={value}: must be {wanted}")
 
 
-def _whole(value: object) -> bool:
+def whole(value: object) -> bool:
+    """Whether a value is a whole number; True and False are not."""
     return isinstance(value, int) and not isinstance(value, bool)
 
 
@@ -82,7 +83,7 @@ class TrainerSettings:
             value = getattr(self, name)
             optional = name in ("steps", "eval_every")
             check(
-                (value is None and optional) or (_whole(value) and value > 0),
+                (value is None and optional) or (whole(value) and value > 0),
                 f"trainer.{name}",
                 value,
                 "a positive whole number",
@@ -91,7 +92,7 @@ class TrainerSettings:
             value = getattr(self, name)
             check(isinstance(value, bool), f"trainer.{name}", value, "true or false")
         check(
-            self.threads == "auto" or (_whole(self.threads) and int(self.threads) > 0),
+            self.threads == "auto" or (whole(self.threads) and int(self.threads) > 0),
             "trainer.threads",
             self.threads,
             "auto or a positive whole number",

@@ -16,8 +16,8 @@ import torch
 import wandb
 from torch import Tensor, nn
 
+from pnorm_decay.files import write_text
 from pnorm_decay.optim import split_decayed
-from pnorm_decay.records import write_atomically
 from pnorm_decay.sparsity import layer_sparsity
 from pnorm_decay.training.settings import ConfigError
 
@@ -131,12 +131,14 @@ class Tracker:
         writer = csv.DictWriter(text, fieldnames=list(row), lineterminator="\n")
         writer.writeheader()
         writer.writerows(self.history)
-        write_atomically(self.run_dir / METRICS_FILE, text.getvalue())
+        write_text(self.run_dir / METRICS_FILE, text.getvalue())
         if self._wandb.disabled:
             return
-        layers = {f"layer_sparsity/{name}": value for name, value in layer_sparsity(model).items()}
+        layers = {
+            f"weights/sparsity/{name}": value for name, value in layer_sparsity(model).items()
+        }
         histogram = wandb.Histogram(np_histogram=log_weight_histogram(model))
-        self._wandb.log({**row, **layers, "log10_weight": histogram}, step=int(row["step"]))
+        self._wandb.log({**row, **layers, "weights/log10_abs": histogram}, step=int(row["step"]))
 
     def summarise(self, record: Mapping[str, Any]) -> None:
         """Puts the run's record into W&B's summary."""

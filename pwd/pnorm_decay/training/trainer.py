@@ -6,6 +6,7 @@ import math
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
+from pnorm_decay.baselines import Pruning
 from pnorm_decay.data import Dataset
 from pnorm_decay.optim import OptionScheduler, split_decayed
 from pnorm_decay.sparsity import sparsity, zero_fraction, zeroed
@@ -25,6 +27,7 @@ from pnorm_decay.training.progress import training_progress
 from pnorm_decay.training.settings import ConfigError, TrainerSettings
 from pnorm_decay.training.tracking import Row, Tracker
 
+LOSS_BATCHES = 4
 ACCELERATE_PRECISION = {"fp32": "no", "bf16": "bf16", "fp16": "fp16"}
 
 
@@ -101,11 +104,29 @@ def evaluate(model: nn.Module, data: Dataset, settings: TrainerSettings) -> tupl
     return float(loss) / count, 100 * float(correct) / count
 
 
+@torch.inference_mode()
+def training_loss(data: Dataset, settings: TrainerSettings, seed: int, model: nn.Module) -> float:
+    """Mean loss (nats) on the first few training batches, without dropout.
+
+    What a method chooses after training, it chooses by this, never by the validation part.
+    """
+    model.eval()
+    loss = torch.zeros(())
+    for step in range(LOSS_BATCHES):
+        inputs, targets = data.train_batch(step, settings.batch_size, seed)
+        loss = loss.to(inputs.device) + cross_entropy(
+            model(place(inputs, settings.channels_last)), targets
+        )
+    model.train()
+    return float(loss) / LOSS_BATCHES
+
+
 def train(
     *,
     data: Dataset,
     model: nn.Module,
     optimizer: Optimizer,
+    pruning: Pruning,
     schedulers: Sequence[LRScheduler | OptionScheduler],
     steps: int,
     eval_every: int,
@@ -121,6 +142,7 @@ def train(
         data: a data set that is set up on the accelerator's device.
         model: maps a batch of inputs to logits (..., classes).
         optimizer: over the model's parameters.
+        pruning: what makes zeros beside the optimizer, set up for this model.
         schedulers: of the optimizer's options, stepped after every step.
         steps: the run's length.
         eval_every: steps between evaluations; the last step is always evaluated.
@@ -133,14 +155,15 @@ def train(
     Returns:
         The outcome; also where the loss diverged.
     """
-    plain_model = model
+    trained_model = model
     model, optimizer = accelerator.prepare(model, optimizer)
 
     first_step, seconds_before = 0, 0.0
     loss_sum = torch.zeros((), device=accelerator.device)  # since the last evaluation
     state = checkpoint.load(run_dir / checkpoint.CHECKPOINT_FILE)
     if state is not None:
-        plain_model.load_state_dict(state["model"])
+        trained_model.load_state_dict(state["model"])
+        pruning.load_state_dict(state["pruning"])
         optimizer.load_state_dict(state["optimizer"])
         for scheduler, saved_schedule in zip(schedulers, state["schedulers"], strict=True):
             scheduler.load_state_dict(saved_schedule)
@@ -158,9 +181,11 @@ def train(
             inputs, targets = data.train_batch(step, settings.batch_size, seed)
             loss = cross_entropy(model(place(inputs, settings.channels_last)), targets)
             accelerator.backward(loss)
+            pruning.before_step(step)
             if settings.clip_grad_norm is not None:
                 accelerator.clip_grad_norm_(model.parameters(), settings.clip_grad_norm)
             optimizer.step()
+            pruning.after_step(step)
             optimizer.zero_grad()
             lr = optimizer.param_groups[0]["lr"]
             for scheduler in schedulers:
@@ -171,7 +196,10 @@ def train(
             done = step + 1
             if done % eval_every and done != steps:
                 continue
-            val_loss, val_accuracy = evaluate(model, data, settings)
+            if done == steps:
+                pruning.finish(partial(training_loss, data, settings, seed))
+            plain_model = pruning.plain_model()
+            val_loss, val_accuracy = evaluate(plain_model, data, settings)
             row: Row = {
                 "step": done,
                 "lr": float(lr),
@@ -193,7 +221,8 @@ def train(
                 state = {
                     "step": done,
                     "seconds": row["seconds"],
-                    "model": plain_model.state_dict(),
+                    "model": trained_model.state_dict(),
+                    "pruning": pruning.state_dict(),
                     "optimizer": optimizer.state_dict(),
                     "schedulers": [scheduler.state_dict() for scheduler in schedulers],
                     "random": checkpoint.random_state(),
@@ -202,6 +231,7 @@ def train(
                 checkpoint.save(run_dir / checkpoint.CHECKPOINT_FILE, state)
                 saved = time.monotonic()
 
+    plain_model = pruning.plain_model()
     metrics: dict[str, Any] = {"steps": steps, "params_decayed": decayed_count(plain_model)}
     metrics["seconds"] = seconds_before + time.monotonic() - start
     if status == "finished":
@@ -210,7 +240,7 @@ def train(
         # Where every small weight is exactly zero, zeroing them changes nothing.
         if metrics["sparsity"] != metrics["zero_fraction"]:
             with zeroed(plain_model):
-                metrics["val_accuracy_zeroed"] = evaluate(model, data, settings)[1]
+                metrics["val_accuracy_zeroed"] = evaluate(plain_model, data, settings)[1]
     return Outcome(status, metrics)
 
 

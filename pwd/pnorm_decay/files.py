@@ -1,0 +1,40 @@
+"""Files that are either complete or absent."""
+
+from __future__ import annotations
+
+import os
+import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import BinaryIO
+
+
+@contextmanager
+def atomic_write(path: Path) -> Iterator[BinaryIO]:
+    """Opens a file that takes the name ``path`` only once it is complete and on the disk.
+
+    The temporary file lies in the same folder, which is made where it is missing, under a name of
+    its own: two processes may write one path at once, and readers see a whole file at any time.
+
+    Raises:
+        OSError: the folder cannot be written or the disk is full; what was at ``path`` stays.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
+    try:
+        with temporary.open("xb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    finally:
+        # Gone already after the rename; after any failure, an interrupt too, it must not stay.
+        with suppress(OSError):
+            temporary.unlink()
+
+
+def write_text(path: Path, text: str) -> None:
+    """Writes a UTF-8 text file atomically."""
+    with atomic_write(path) as file:
+        file.write(text.encode())
