@@ -67,9 +67,7 @@ def test_equal_ratio_steps_from_the_end_of_warmup_to_a_fraction_of_the_run():
 @pytest.mark.parametrize("scope", ["layer", "global"])
 def test_the_smallest_weights_go_and_stay_away_whatever_the_optimizer_does(scope):
     model = network()
-    before = {
-        name: w.detach().abs().clone() for name, w in model.named_parameters() if w.ndim > 1
-    }
+    before = {name: w.detach().abs().clone() for name, w in model.named_parameters() if w.ndim > 1}
     pruning = MagnitudePruning(0.5, scope=scope, num_steps=1, end=0.1)
     pruning.setup(model, EXAMPLE, steps=10, warmup=0)
     optimizer = torch.optim.SGD(model.parameters(), lr=1.0, momentum=0.9, weight_decay=0.1)
