@@ -108,8 +108,9 @@ def prepared(model_name: str) -> nn.Module:
 
 
 def median_times(model_name: str, timed: list[Case], repeats: int) -> dict[Case, float]:
-    """Seconds a step of each case: medians of interleaved steps, on parameters of its own."""
-    optimizers = {case: case.optimizer(prepared(model_name)) for case in timed}
+    """Seconds a step of each case: medians of interleaved steps, all on the same parameters."""
+    model = prepared(model_name)
+    optimizers = {case: case.optimizer(model) for case in timed}
     times: dict[Case, list[float]] = {case: [] for case in timed}
     for repeat in track(range(-2, repeats), description=model_name, console=console):
         for case, optimizer in optimizers.items():
@@ -177,40 +178,39 @@ def machine() -> dict[str, str | int]:
 
 
 def measure(model_name: str, timed: list[Case], repeats: int) -> list[dict[str, Any]]:
-    """One row a case."""
+    """One row a case. First steps and memory are those of the implementation's first case."""
     times = median_times(model_name, timed, repeats)
-    rows = []
-    count = sum(parameter.numel() for parameter in MODELS[model_name]().parameters())
-    for case in track(timed, description=f"{model_name}, first steps", console=console):
+    once = {case.name: case for case in reversed(timed)}
+    first, later, peak = {}, {}, {}
+    for name, case in track(once.items(), description="first steps", console=console):
         with tempfile.TemporaryDirectory() as cache:
-            first, _ = in_own_process(model_name, case, cache)
-            later, megabytes = in_own_process(model_name, case, cache)
-        rows.append(
-            {
-                "model": model_name,
-                "parameters": count,
-                "optimizer": case.name,
-                "p": "" if case.p is None else case.p,
-                "milliseconds": round(times[case] * 1e3, 3),
-                "ratio": round(times[case] / times[timed[0]], 3),
-                "first_step_seconds": round(first, 3),
-                "later_first_step_seconds": round(later, 3),
-                "peak_extra_megabytes": round(megabytes, 1),
-                "peak_extra_ratio": 1.0 if not rows else round(megabytes / rows[0][PEAK], 3),
-                **machine(),
-            }
-        )
-    return rows
-
-
-PEAK = "peak_extra_megabytes"
+            first[name], _ = in_own_process(model_name, case, cache)
+            later[name], peak[name] = in_own_process(model_name, case, cache)
+    count = sum(parameter.numel() for parameter in MODELS[model_name]().parameters())
+    return [
+        {
+            "model": model_name,
+            "parameters": count,
+            "optimizer": case.name,
+            "p": "" if case.p is None else case.p,
+            "milliseconds": round(times[case] * 1e3, 3),
+            "ratio": round(times[case] / times[timed[0]], 3),
+            "first_step_seconds": round(first[case.name], 3),
+            "later_first_step_seconds": round(later[case.name], 3),
+            "peak_extra_megabytes": round(peak[case.name], 1),
+            "peak_extra_ratio": round(peak[case.name] / peak[BASELINE], 3),
+            **machine(),
+        }
+        for case in timed
+    ]
 
 
 def show(rows: list[dict[str, Any]]) -> None:
     """The table on the terminal."""
     table = Table(title=f"One step, {rows[0]['model']}, {rows[0]['parameters']:,} parameters")
-    for column in ("optimizer", "ms", "ratio", "first step, s", "later first, s", "peak, MB", ""):
-        table.add_column(column, justify="left" if column == "optimizer" else "right")
+    table.add_column("optimizer", no_wrap=True)
+    for column in ("ms", "ratio", "first\nstep, s", "first,\nbuilt, s", "peak,\nMB", "ratio"):
+        table.add_column(column, justify="right")
     for row in rows:
         case = Case(row["optimizer"], row["p"] if row["p"] != "" else None)
         table.add_row(
@@ -219,7 +219,7 @@ def show(rows: list[dict[str, Any]]) -> None:
             f"{row['ratio']:.2f}",
             f"{row['first_step_seconds']:.2f}",
             f"{row['later_first_step_seconds']:.2f}",
-            f"{row[PEAK]:.0f}",
+            f"{row['peak_extra_megabytes']:.0f}",
             f"{row['peak_extra_ratio']:.2f}",
         )
     console.print(table)

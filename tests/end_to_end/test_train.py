@@ -148,7 +148,7 @@ def test_a_run_that_was_cut_off_goes_on_to_the_same_end(run_program, places, tmp
 
     def cut_off(self, step, *rest):
         given.append(step)
-        if step == 4 and given.count(4) == 1:
+        if step == 4 and given[-2:] == [3, 4] and 1 in given:
             raise KeyboardInterrupt
         return original(self, step, *rest)
 
@@ -156,9 +156,11 @@ def test_a_run_that_was_cut_off_goes_on_to_the_same_end(run_program, places, tmp
     stopped = run_program(TRAIN, *arguments, *places)
     assert stopped.code == 130
     assert results(tmp_path) == []
+    given.clear()
     resumed = run_program(TRAIN, *arguments, *places)
     assert resumed.code == 0, resumed.err
-    assert given == [0, 1, 2, 3, 4, 3, 4, 5]
+    assert given[-3:] == [3, 4, 5]  # the checkpoint is that of step 3
+    assert not {1, 2} & set(given)
     (path,) = results(tmp_path)
     expected = json.loads(results(tmp_path / "whole")[0].read_text())["record"]
     record = json.loads(path.read_text())["record"]
@@ -191,7 +193,7 @@ def test_a_recorded_run_is_not_done_again(run_program, places, tmp_path):
         (["optimizer.lr=-1"], "lr"),
         (["optimizer=nosuch"], "nosuch"),
         (["experiment=demo/nosuch"], "nosuch"),
-        (["trainer.steps=5"], "trainer.epochs=10, trainer.steps=5"),
+        (["trainer.steps=5"], "trainer.epochs=8, trainer.steps=5"),
         (["trainer.batch_size=0"], "trainer.batch_size=0"),
         (["trainer.batch_size=100000"], "100000"),
         (["trainer.precision=fp8"], "trainer.precision=fp8"),

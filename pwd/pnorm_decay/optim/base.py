@@ -228,24 +228,21 @@ class PNormDecayOptimizer(Optimizer):
 
     def _foreach(self, slots: list[Slot], group: Group, alpha: Number) -> None:
         """The same with torch's operations on lists, a cache-sized piece at a time."""
-        scale = 1 / (1 + alpha * group["weight_decay"])
-        step = alpha * group["lambda_p"] * scale
         for stored in _pieces(slots):
             slots = [_widened(slot) for slot in stored]
             params = [slot.param for slot in slots]
             if "auxiliary" in slots[0].state:
-                auxiliaries = _relaxed_auxiliaries(slots, stored, group)
-                factors = _foreach_factors_of(auxiliaries, step)
+                divisors = _auxiliary_divisors(slots, stored, group, alpha)
             else:
-                factors = _foreach_shrink_factors(params, group["p"], step)
-            torch._foreach_mul_(factors, scale)
+                strength, l2 = alpha * group["lambda_p"], alpha * group["weight_decay"]
+                divisors = _divisors(params, group["p"], strength, l2)
             self._foreach_move(slots, group, alpha)
-            torch._foreach_mul_(params, factors)
+            torch._foreach_div_(params, divisors)
             for param in params:
                 torch.hardshrink(param, _largest_subnormal(param.dtype), out=param)
             if params[0].dtype != stored[0].param.dtype:
-                for names in (None, *self.moments):
-                    _copy_back(slots, stored, names)
+                for name in (None, *self.moments):
+                    _copy_back(slots, stored, name)
 
     def _fused(self, slots: list[Slot], group: Group, alpha: Number, kernel: fused.Kernel) -> None:
         """The same in one pass over the memory: fused.c."""
@@ -451,40 +448,49 @@ def _blend(slot: Slot, group: Group, like: Tensor) -> Tensor:
     return refresh.to(like.dtype) * (1 - group["auxiliary_beta"])
 
 
-def _relaxed_auxiliaries(slots: list[Slot], stored: list[Slot], group: Group) -> list[Tensor]:
-    params, auxiliaries = [slot.param for slot in slots], [s.state["auxiliary"] for s in slots]
-    fresh = _foreach_shrink_factors(params, group["p"], 1)
-    for slot, auxiliary, value in zip(slots, auxiliaries, fresh, strict=True):
-        auxiliary.lerp_(value, _blend(slot, group, auxiliary))
+def _divisors(params: list[Tensor], p: float, strength: Number, l2: Number) -> list[Any]:
+    """`1 + strength |w|^(p-2) + l2` for each tensor; one number where it is the same for all w."""
+    if p == 2 or (not isinstance(strength, Tensor) and strength == 0):
+        return [1 + strength + l2] * len(params)
+    log_strength = (
+        _positive(strength).log2() if isinstance(strength, Tensor) else math.log2(strength)
+    )
+    divisors = list(torch._foreach_abs(params))
+    torch._foreach_log2_(divisors)
+    torch._foreach_mul_(divisors, min(p - 2, 1e30))
+    torch._foreach_add_(divisors, log_strength)
+    for divisor in divisors:
+        divisor.exp2_()  # twice as fast as exp on CPUs, but torch has no _foreach_exp2
+    torch._foreach_add_(divisors, 1 + l2)
+    return divisors
+
+
+def _auxiliary_divisors(
+    slots: list[Slot], stored: list[Slot], group: Group, alpha: Number
+) -> list[Any]:
+    """The same with s from its state, `q = 1 / (1 + s)`, which is refreshed first."""
+    auxiliaries = [slot.state["auxiliary"] for slot in slots]
+    fresh = _divisors([slot.param for slot in slots], group["p"], 1.0, 0.0)
+    for slot, auxiliary, divisor in zip(slots, auxiliaries, fresh, strict=True):
+        q = torch.as_tensor(1 / divisor, dtype=auxiliary.dtype, device=auxiliary.device)
+        auxiliary.lerp_(q, _blend(slot, group, auxiliary))
         torch.hardshrink(auxiliary, _largest_subnormal(auxiliary.dtype), out=auxiliary)
     if stored[0].param.dtype in SIXTEEN_BIT:
         _copy_back(slots, stored, "auxiliary")
-        return [slot.state["auxiliary"].float() for slot in stored]
-    return auxiliaries
+        auxiliaries = [slot.state["auxiliary"].float() for slot in stored]
+    strength, l2 = alpha * group["lambda_p"], alpha * group["weight_decay"]
+    if not isinstance(strength, Tensor) and strength == 0:
+        return [1 + l2] * len(slots)
+    strength = _positive(strength) if isinstance(strength, Tensor) else strength
+    divisors = list(torch._foreach_reciprocal(auxiliaries))
+    torch._foreach_mul_(divisors, strength)
+    torch._foreach_add_(divisors, 1 + l2 - strength)
+    return divisors
 
 
-def _foreach_factors_of(auxiliaries: list[Tensor], step: Number) -> list[Tensor]:
-    """`1 / (1 + step s)` from `q = 1 / (1 + s)`."""
-    denominators = list(torch._foreach_mul(auxiliaries, 1 - step))
-    torch._foreach_add_(denominators, step)
-    factors = list(torch._foreach_div(auxiliaries, denominators))
-    return [factor.nan_to_num_(1) for factor in factors]  # 0 / 0 where step = 0
-
-
-def _foreach_shrink_factors(params: list[Tensor], p: float, step: Number) -> list[Tensor]:
-    """`shrink_factor` for a list of tensors, without what only autograd needs."""
-    if p == 2:
-        return [torch.ones_like(param) / (1 + step) for param in params]
-    if not isinstance(step, Tensor) and step == 0:
-        return [torch.ones_like(param) for param in params]
-    # A step tensor is not looked at: where it is 0, this is 0 (p < 2) or 1 at w = 0, all as good.
-    log_step = step.clamp(min=1e-37).log() if isinstance(step, Tensor) else math.log(step)
-    factors = list(torch._foreach_abs(params))
-    torch._foreach_log_(factors)
-    torch._foreach_mul_(factors, max(2 - p, -1e30))
-    torch._foreach_add_(factors, -log_step)
-    torch._foreach_sigmoid_(factors)
-    return factors
+def _positive(strength: Tensor) -> Tensor:
+    """A strength tensor is not looked at: at 0 this one gives the same, but for no 0 * inf."""
+    return strength.clamp(min=1e-37)
 
 
 def _names(params: list[Tensor], group: Group) -> list[str]:

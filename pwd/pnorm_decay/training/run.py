@@ -224,10 +224,15 @@ def hyperparameters(config: Mapping[str, Any]) -> dict[str, Any]:
     """
     optimizer, pruning = config["optimizer"], config["pruning"]
     decay = next((optimizer[option] for option in DECAY_OPTIONS if option in optimizer), 0.0)
-    own_p = get_class(pruning["_target_"]).exponent(pruning)
+    method, p = optimizer["method"], optimizer.get("p", 2.0)
+    if pruning["name"] != "none":
+        method = pruning["name"]
+        kind: type[Pruning] = get_class(pruning["_target_"])
+        own_p = kind.exponent(pruning)
+        p = p if own_p is None else own_p
     return {
-        "method": optimizer["method"] if pruning["name"] == "none" else pruning["name"],
-        "p": float(optimizer.get("p", 2.0) if own_p is None else own_p),
+        "method": method,
+        "p": float(p),
         "lambda_p": float(decay),
         "lr": float(optimizer["lr"]),
         "seed": config["seed"],

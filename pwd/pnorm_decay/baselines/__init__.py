@@ -1,0 +1,21 @@
+"""What the paper compares pWD with, and newer rivals; one file a family.
+
+A method is a torch optimizer (`configs/optimizer/`), or a `Pruning`: what makes zeros beside the
+optimizer (`configs/pruning/`).
+"""
+
+from pnorm_decay.baselines.base import Pruning
+from pnorm_decay.baselines.coupled import CoupledAdam
+from pnorm_decay.baselines.magnitude import MagnitudePruning
+from pnorm_decay.baselines.proximal import ProximalAdam, proximal_map
+from pnorm_decay.baselines.reparametrised import Factorised, ReWA
+
+__all__ = [
+    "CoupledAdam",
+    "Factorised",
+    "MagnitudePruning",
+    "ProximalAdam",
+    "Pruning",
+    "ReWA",
+    "proximal_map",
+]
