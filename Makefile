@@ -11,7 +11,7 @@ EXPERIMENTS = $(patsubst configs/experiment/%.yaml,%,$(wildcard configs/experime
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help setup lock data sweep figures reproduce-figures dashboard sync test lint clean
+.PHONY: help setup lock data sweep figures reproduce-figures bench bench-optimizer dashboard sync test lint clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-18s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -48,6 +48,11 @@ figures: $(READY) ## draw every figure and table from results/*/*.csv
 	$(BIN)/python scripts/tables.py
 
 reproduce-figures: sweep figures ## the main job: sweep, then figures (SCALE=demo, cpu or paper)
+
+bench: bench-optimizer ## run every benchmark, alone on the machine
+
+bench-optimizer: $(READY) ## time the optimizers against fused AdamW, into results/bench/optimizer.csv
+	$(BIN)/python scripts/bench_optimizer.py
 
 dashboard: $(READY) ## browse the offline W&B runs in the terminal
 	@test -d runs/wandb || { echo "no runs yet: make reproduce-figures makes some"; exit 1; }

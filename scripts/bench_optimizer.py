@@ -84,13 +84,14 @@ class Case:
             "ours, reference": {"foreach": False, "fused": False},
             "ours, foreach": {"foreach": True},
             "ours, fused": {"fused": True},
+            "ours, default": {},
         }[self.name]
         return AdamPWD(groups, lr=1e-3, **options)  # type: ignore[arg-type]
 
 
 def cases(exponents: Iterable[float]) -> list[Case]:
     """The two baselines and every implementation at every p."""
-    ours = ("straightforward", "ours, reference", "ours, foreach", "ours, fused")
+    ours = ("straightforward", "ours, reference", "ours, foreach", "ours, fused", "ours, default")
     return [
         Case(BASELINE, None),
         Case("AdamW foreach", None),

@@ -135,9 +135,8 @@ def test_small_weights_go_as_far_as_the_training_loss_allows(make):
     assert training_loss(plain) <= before + 0.01
     assert 0.2 < zero_fraction(plain) < 1
     weights = [w for _, w in split_decayed(plain)[0]]
-    gone = torch.cat(
-        [old[new == 0].abs() for old, new in zip(trained_weights, weights, strict=True)]
-    )
+    pairs = list(zip(trained_weights, weights, strict=True))
+    gone = torch.cat([old[new == 0].abs() for old, new in pairs])
     for old, new in pairs:
         assert torch.equal(new[new != 0], old[new != 0])
     left = torch.cat([new[new != 0].abs() for new in weights])

@@ -43,12 +43,12 @@ def optimizer_of(rule: str, params: list[Any], options: dict[str, Any], how: str
 @pytest.mark.parametrize("how", IMPLEMENTATIONS)
 @pytest.mark.parametrize("p", EXPONENTS)
 @pytest.mark.parametrize(("rule", "name"), CASES)
-def test_fifty_steps_in_double_precision(rule: str, name: str, p: float, how: str) -> None:
+def test_a_hundred_steps_in_double_precision(rule: str, name: str, p: float, how: str) -> None:
     params = make_parameters(torch.float64)
     options = options_of(rule, name, p)
     optimizer = optimizer_of(rule, params, options, how)
     oracles = [Oracle(array(param), rule, options) for param in params]
-    for step in range(50):
+    for step in range(100):
         set_gradients(params, step)
         for oracle, param in zip(oracles, params, strict=True):
             assert param.grad is not None

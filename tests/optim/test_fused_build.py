@@ -20,6 +20,7 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     """A cache folder of the test's own, and no kernel remembered by the process."""
     monkeypatch.setenv("PNORM_DECAY_CACHE", str(tmp_path / "cache"))
     fused.kernel.cache_clear()
+    fused._warn_once.cache_clear()
     yield tmp_path / "cache"
     fused.kernel.cache_clear()
 
@@ -76,6 +77,7 @@ def test_without_a_compiler_one_warning_and_the_same_numbers(
         warnings.simplefilter("error")
         assert torch.equal(step(fused=True), param)
         assert torch.equal(step(foreach=True), param)
+        assert fused.kernel(CPU, torch.float64) is None  # another dtype, the same reason
     monkeypatch.delenv("CC")
     fused.kernel.cache_clear()
     torch.testing.assert_close(step(fused=True), param)

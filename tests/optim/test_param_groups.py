@@ -43,7 +43,8 @@ def test_a_step_decays_only_the_decayed_group() -> None:
     model = nn.Linear(2, 2)
     nn.init.ones_(model.weight)
     nn.init.ones_(model.bias)
-    optimizer = AdamPWD(param_groups(model, p=1, lambda_p=1.0), lr=1.0)
+    groups = param_groups(model, p=1, lambda_p=0.5)
+    optimizer = AdamPWD(groups, lr=1.0, weight_decay=0.5)
     for parameter in model.parameters():
         parameter.grad = torch.zeros_like(parameter)
     optimizer.step()

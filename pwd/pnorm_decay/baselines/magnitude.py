@@ -12,7 +12,7 @@ from torch.nn.utils.prune import L1Unstructured
 
 from pnorm_decay.baselines.base import Pruning
 from pnorm_decay.optim import split_decayed
-from pnorm_decay.training.settings import check, whole
+from pnorm_decay.training.settings import check, number, whole
 
 SCOPES = ("layer", "global")
 
@@ -46,7 +46,7 @@ class MagnitudePruning(Pruning):
     def __init__(
         self, sparsity: float, scope: str = "layer", num_steps: int = 40, end: float = 0.7
     ) -> None:
-        check(0 <= sparsity < 1, "pruning.sparsity", sparsity, "in [0, 1)")
+        check(number(sparsity) and 0 <= sparsity < 1, "pruning.sparsity", sparsity, "in [0, 1)")
         check(scope in SCOPES, "pruning.scope", scope, " or ".join(SCOPES))
         check(
             whole(num_steps) and num_steps > 0,
@@ -54,7 +54,7 @@ class MagnitudePruning(Pruning):
             num_steps,
             "a positive whole number",
         )
-        check(0 < end <= 1, "pruning.end", end, "in (0, 1]")
+        check(number(end) and 0 < end <= 1, "pruning.end", end, "in (0, 1]")
         self.sparsity = sparsity
         self.scope = scope
         self.num_steps = num_steps

@@ -15,7 +15,7 @@ from torch.nn.utils import parametrize
 
 from pnorm_decay.baselines.base import Loss, Pruning
 from pnorm_decay.optim import split_decayed
-from pnorm_decay.training.settings import ConfigError, check, whole
+from pnorm_decay.training.settings import ConfigError, check, number, whole
 
 # A factor's magnitude when it is drawn, in its standard deviations before rescaling.
 FACTOR_RANGE = (0.1, 2.0)
@@ -43,7 +43,7 @@ class Reparametrised(Pruning):
     """
 
     def __init__(self, tolerance: float) -> None:
-        check(0 <= tolerance < math.inf, "pruning.tolerance", tolerance, "at least 0 and finite")
+        check(number(tolerance) and tolerance >= 0, "pruning.tolerance", tolerance, "at least 0")
         self.tolerance = tolerance
         self._finished = False
 
@@ -231,8 +231,10 @@ class ReWA(Reparametrised):
         super().__init__(tolerance)
         odd = whole(power) and power >= 3 and power % 2 == 1
         check(odd, "pruning.power", power, "an odd whole number from 3 on")
-        check(0 <= order < power - 1, "pruning.order", order, f"in [0, {power - 1})")
-        check(0 <= eps < math.inf, "pruning.eps", eps, "at least 0 and finite")
+        check(
+            number(order) and 0 <= order < power - 1, "pruning.order", order, f"in [0, {power - 1})"
+        )
+        check(number(eps) and eps >= 0, "pruning.eps", eps, "at least 0")
         self.power = power
         self.order = order
         self.eps = eps
@@ -240,7 +242,7 @@ class ReWA(Reparametrised):
     @classmethod
     def exponent(cls, options: Mapping[str, Any]) -> float | None:
         power, order = options["power"], options["order"]
-        return 1 + (1 - order) / power if whole(power) and power > 0 else None
+        return 1 + (1 - order) / power if whole(power) and power > 0 and number(order) else None
 
     def parametrization(self) -> nn.Module:
         return Power(self.power, self.order, self.eps)

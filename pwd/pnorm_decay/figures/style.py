@@ -95,6 +95,17 @@ _KNOWN_METHODS = {
     "magnitude": PointStyle("IMP", "IMP", "#1a9850", "x", 5.5),
     "oto": PointStyle("OTO", "OTO", "#ff7f0e", "*", 9.0),
 }
+# How readers know the others; a method that is not listed keeps its own name.
+_LABELS = {
+    "pwd": "pWD",
+    "adamw": "AdamW",
+    "sgd": "SGD",
+    "l1": "L1 proximal",
+    "proximal": "Lp proximal",
+    "coupled": "Lp in the loss",
+    "dwf": "DWF",
+    "rewa": "ReWA",
+}
 _OTHER_COLORS = ("#8e44ad", "#009e8e", "#e0559b", "#7a8500", "#5c6bc0", "#00838f", "#a1887f")
 _OTHER_MARKERS = ("^", "P", "X", "h", ">", "p", "<", "d")
 
@@ -110,13 +121,13 @@ def p_style(p: float) -> PointStyle:
 def method_styles(methods: Iterable[str]) -> dict[str, PointStyle]:
     """A style for each method that is neither pWD nor AdamW, by name.
 
-    One that the paper does not have gets a marker and a colour of its own, under its own name.
+    One that the paper does not have gets a marker and a colour of its own.
     """
     names = sorted(set(methods) - {"pwd", "adamw"})
     unknown = [name for name in names if name not in _KNOWN_METHODS]
     looks = zip(cycle(_OTHER_COLORS), cycle(_OTHER_MARKERS), strict=False)
     new = {
-        name: PointStyle(name, name, color, marker, 5.5)
+        name: PointStyle(method_label(name), method_label(name), color, marker, 5.5)
         for name, (color, marker) in zip(unknown, looks, strict=False)
     }
     return {name: _KNOWN_METHODS.get(name) or new[name] for name in names}
@@ -126,7 +137,7 @@ def method_label(method: str) -> str:
     """A method's name for readers: ``magnitude`` is IMP; one that is not known is left as it is."""
     if method in _KNOWN_METHODS:
         return _KNOWN_METHODS[method].label
-    return {"pwd": "pWD", "adamw": "AdamW"}.get(method, method)
+    return _LABELS.get(method, method)
 
 
 def accuracy_floor(accuracy: NDArray[np.float64], share: float) -> float:

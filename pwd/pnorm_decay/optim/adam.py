@@ -1,10 +1,11 @@
 """Adam with p-norm weight decay."""
 
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 from torch.optim.adam import adam
+from torch.optim.optimizer import ParamsT
 
 from pnorm_decay.optim.base import (
     Flag,
@@ -76,11 +77,17 @@ class AdamPWD(PNormDecayOptimizer):
             the device and dtype, else foreach; both False is the reference, which reads like the
             equations above.
 
-    The state is that of `torch.optim.AdamW`, in the parameter's dtype, so that its `state_dict`
-    can be loaded here and this one's there (`weight_decay` and the options that the other does
-    not know then keep the values given here). `auxiliary`, holding q, is there only with
-    `reweight_every > 1` or `auxiliary_beta > 0`. 16-bit parameters are computed in float32.
-    Results below the smallest normal number of the arithmetic's dtype become 0.
+    The state is that of `torch.optim.AdamW`, in the parameter's dtype. An Adam or AdamW
+    `state_dict` can be loaded: p, lambda_p and weight_decay keep the values given here, lr and the
+    other options are the saved ones, as always in torch. AdamW can load this one's in turn; it
+    takes over its weight_decay too. `auxiliary`, which holds q, is in the state only with
+    `reweight_every > 1` or `auxiliary_beta > 0`.
+
+    16-bit parameters are computed in float32. Results below the arithmetic's smallest normal
+    number become 0. A group that decays nothing (`lambda_p` and `weight_decay` 0) takes the step of
+    `torch.optim.Adam` with the same foreach and fused, equal to the bit; it is fastest with
+    `fused=True`. A parameter that is entirely zero when decay with `p < 2` first meets it can
+    never move: a warning names it once.
 
     Raises:
         ValueError: an option is out of its range; the message names it and its value.
@@ -100,7 +107,7 @@ class AdamPWD(PNormDecayOptimizer):
 
     def __init__(
         self,
-        params: Any,
+        params: ParamsT,
         lr: float | Tensor = 1e-3,
         betas: tuple[float, float] = (0.9, 0.999),
         eps: float = 1e-8,

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn import Parameter
 from torch.optim import Optimizer
+from torch.optim.optimizer import ParamsT
 
 from pnorm_decay.decay import shrink_factor
 from pnorm_decay.optim import fused
@@ -61,7 +62,7 @@ class PNormDecayOptimizer(Optimizer):
     # The state beside `step` and `auxiliary`, in the order of fused.c.
     moments: ClassVar[tuple[str, ...]]
 
-    def __init__(self, params: Any, defaults: Group) -> None:
+    def __init__(self, params: ParamsT, defaults: Group) -> None:
         self._met_decay: set[int] = set()
         super().__init__(params, defaults)
 
@@ -258,9 +259,13 @@ class PNormDecayOptimizer(Optimizer):
             options.lr = float(alpha)
         moments = (*self.moments, None, None, None)[:3]
         records: list[int] = []
+        device_counts = []  # kept until the kernel is launched
         for slot in slots:
             state, count = slot.state, slot.count
             on_device = isinstance(count, Tensor) and not count.is_cpu
+            if on_device:
+                count = count.float()  # type: ignore[union-attr]
+                device_counts.append(count)
             records += (
                 slot.param.data_ptr(),
                 slot.grad.data_ptr(),

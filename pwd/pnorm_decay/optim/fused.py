@@ -8,13 +8,14 @@ of everything they depend on.
 
 import ctypes
 import hashlib
+import itertools
 import os
 import shlex
 import shutil
 import subprocess
 import tempfile
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from enum import IntEnum
 from functools import cache
 from pathlib import Path
@@ -99,12 +100,16 @@ def kernel(device: torch.device, dtype: torch.dtype) -> Kernel | None:
     try:
         return build(STORAGE[dtype], device)
     except (OSError, subprocess.SubprocessError, RuntimeError) as error:
-        warnings.warn(
+        _warn_once(
             f"p-norm weight decay runs without its fused step on {device.type}, several times "
-            f"slower, because that could not be built. {error}",
-            stacklevel=2,
+            f"slower, because that could not be built. {error}"
         )
         return None
+
+
+@cache
+def _warn_once(message: str) -> None:
+    warnings.warn(message, stacklevel=3)
 
 
 def _cpu_kernel(storage: int, device: torch.device) -> Kernel:
@@ -144,31 +149,28 @@ def _cuda_kernel(storage: int, device: torch.device) -> Kernel:
         _succeed(driver.cuModuleLoadData(ctypes.byref(module), cubin))
         _succeed(driver.cuModuleGetFunction(ctypes.byref(function), module, b"step_cuda"))
 
-    def launch(records: Records, options: Options) -> None:
-        count = len(records) // TENSOR_FIELDS
-        blocks = [-(-numel // CUDA_BLOCK) for numel in records[TENSOR_FIELDS - 1 :: TENSOR_FIELDS]]
-        first = [sum(blocks[:index]) for index in range(count)]
-        if not sum(blocks):
-            return
-        arguments = _Launch(options, count)
-        arguments.first_block[:count] = first
-        arguments.tensors[: len(records)] = records
-        pointers = (ctypes.c_void_p * 1)(ctypes.addressof(arguments))
-        stream = ctypes.c_void_p(torch.cuda.current_stream(device).cuda_stream)
-        grid = (sum(blocks), 1, 1)
-        _succeed(
-            driver.cuLaunchKernel(
-                function, *grid, CUDA_THREADS, 1, 1, 0, stream, pointers, ctypes.c_void_p()
-            )
-        )
-
     def step(records: Records, options: Options) -> None:
-        limit = CUDA_TENSORS * TENSOR_FIELDS
         with torch.cuda.device(device):
-            for start in range(0, len(records), limit):
-                launch(records[start : start + limit], options)
+            stream = ctypes.c_void_p(torch.cuda.current_stream().cuda_stream)
+            for arguments, blocks in cuda_launches(records, options):
+                pointers = (ctypes.c_void_p * 1)(ctypes.addressof(arguments))
+                sizes = (blocks, 1, 1, CUDA_THREADS, 1, 1, 0)
+                _succeed(driver.cuLaunchKernel(function, *sizes, stream, pointers, None))
 
     return step
+
+
+def cuda_launches(records: Records, options: Options) -> Iterator[tuple[_Launch, int]]:
+    """The kernel launches of one step: each one's argument and its number of thread blocks."""
+    tensors = [records[i : i + TENSOR_FIELDS] for i in range(0, len(records), TENSOR_FIELDS)]
+    filled = [tensor for tensor in tensors if tensor[-1]]
+    for start in range(0, len(filled), CUDA_TENSORS):
+        part = filled[start : start + CUDA_TENSORS]
+        ends = list(itertools.accumulate(-(-numel // CUDA_BLOCK) for *_, numel in part))
+        launch = _Launch(options, len(part))
+        launch.first_block[: len(part)] = [0, *ends[:-1]]
+        launch.tensors[: len(part) * TENSOR_FIELDS] = list(itertools.chain.from_iterable(part))
+        yield launch, ends[-1]
 
 
 def cuda_binary(storage: int, architecture: str) -> bytes:
@@ -245,8 +247,8 @@ def _run(command: list[str]) -> str:
     done = subprocess.run(command, capture_output=True, text=True, timeout=60)
     if done.returncode:
         raise OSError(
-            f"Install a C compiler with OpenMP (apt install gcc): {shlex.join(command)} "
-            f"failed with {done.stderr.strip()[-500:]}"
+            f"Install a C compiler with OpenMP (Debian, Ubuntu: apt install gcc); {command[0]} "
+            f"failed: {done.stderr.strip()[-500:]}"
         )
     return done.stdout
 

@@ -46,7 +46,8 @@ def param_groups(
             undecayed group if `p < 2`.
 
     Returns:
-        `[decayed, undecayed]`, each with `params`, their `names`, `p` and `lambda_p`.
+        `[decayed, undecayed]`, each with `params`, their `names`, `p` and `lambda_p`; the undecayed
+        one with `weight_decay = 0`, too.
 
     Raises:
         ValueError: zero_init is neither "decay" nor "exclude".
@@ -58,7 +59,7 @@ def param_groups(
         moves = [bool(parameter.detach().any()) for _, parameter in decayed]
         undecayed += [named for named, moving in zip(decayed, moves, strict=True) if not moving]
         decayed = [named for named, moving in zip(decayed, moves, strict=True) if moving]
-    return [
+    groups = [
         {
             "params": [parameter for _, parameter in named],
             "names": [name for name, _ in named],
@@ -67,3 +68,5 @@ def param_groups(
         }
         for named, strength in ((decayed, lambda_p), (undecayed, 0.0))
     ]
+    groups[1]["weight_decay"] = 0.0
+    return groups

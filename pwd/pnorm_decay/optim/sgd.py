@@ -1,9 +1,10 @@
 """Stochastic gradient descent with p-norm weight decay."""
 
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 from torch import Tensor
+from torch.optim.optimizer import ParamsT
 from torch.optim.sgd import sgd
 
 from pnorm_decay.optim.base import (
@@ -61,7 +62,7 @@ class SGDPWD(PNormDecayOptimizer):
 
     def __init__(
         self,
-        params: Any,
+        params: ParamsT,
         lr: float | Tensor = 1e-3,
         momentum: float = 0,
         dampening: float = 0,

@@ -27,6 +27,11 @@ def whole(value: object) -> bool:
     return isinstance(value, int) and not isinstance(value, bool)
 
 
+def number(value: object) -> bool:
+    """Whether a value is a finite number; True and False are not."""
+    return not isinstance(value, bool) and isinstance(value, int | float) and math.isfinite(value)
+
+
 @dataclass(frozen=True)
 class TrainerSettings:
     """What `configs/trainer/*.yaml` sets.
@@ -71,10 +76,9 @@ class TrainerSettings:
             )
         for name in ("epochs", "clip_grad_norm", "checkpoint_minutes"):
             value = getattr(self, name)
-            number = isinstance(value, (int, float)) and not isinstance(value, bool)
             optional = name != "checkpoint_minutes"
             check(
-                (value is None and optional) or (number and math.isfinite(value) and value > 0),
+                (value is None and optional) or (number(value) and value > 0),
                 f"trainer.{name}",
                 value,
                 "a positive number",
