@@ -18,7 +18,13 @@ from pnorm_decay.data import Digits
 
 TRAIN = "experiments/train.py"
 DIGITS = "experiment=demo/resnet_digits"
-SHORT = ["model.width=4", "trainer.epochs=null", "trainer.steps=6", "trainer.eval_every=3"]
+SHORT = [
+    "model.width=4",
+    "trainer.epochs=null",
+    "trainer.steps=6",
+    "trainer.eval_every=3",
+    "trainer.threads=1",  # the suite's processes share the cores
+]
 
 
 @pytest.fixture
@@ -79,7 +85,12 @@ def test_the_same_run_gives_the_same_metrics(run_program, tmp_path):
 
 def test_a_text_run(run_program, places, tmp_path):
     done = run_program(
-        TRAIN, "experiment=demo/nanogpt_pydoc", *places, "trainer.steps=20", "logger=none"
+        TRAIN,
+        "experiment=demo/nanogpt_pydoc",
+        *places,
+        "trainer.steps=20",
+        "trainer.threads=1",
+        "logger=none",
     )
     assert done.code == 0, done.err
     (path,) = results(tmp_path)
@@ -255,7 +266,8 @@ def test_help_lists_the_groups(run_program):
 def test_real_data(run_program, places, tmp_path, shared_data, experiment, file, label):
     done = run_program(
         TRAIN, f"experiment={experiment}", *places, f"data.path={shared_data / file}",
-        f"data.cache_dir={tmp_path / 'data'}", "trainer.steps=3", "logger=none",
+        f"data.cache_dir={tmp_path / 'data'}", "logger=none",
+        "trainer.steps=3", "trainer.threads=1",
     )  # fmt: skip
     assert done.code == 0, done.err
     record = json.loads(results(tmp_path)[0].read_text())["record"]

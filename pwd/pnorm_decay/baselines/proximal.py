@@ -7,10 +7,10 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.optim import Adam
 
-# p -> the minimiser of (x - v)^2 / 2 + penalty(x) for v >= 0; 2/3 is met by 0.667 too.
 CLOSED_FORMS = (0.0, 1 / 2, 2 / 3, 1.0, 3 / 2)
 
 
@@ -42,11 +42,9 @@ def proximal_map(v: Tensor, p: float, step: float) -> Tensor:
     p = closed_form(p)
     if not 0 <= step < math.inf:
         raise ValueError(f"Invalid step: {step} (must be at least 0 and finite)")
-    if step < 1e-100:  # no effect on any float32, and the powers below would overflow
+    if step < 1e-30:  # below what float32 resolves, and the powers below would overflow
         return v.clone()
-    # Roots of polynomials cancel badly in float32, and 1e-4 of a threshold can be seen in sparsity.
-    size = v.abs().double()
-    return torch.copysign(_MAPS[p](size, step), v.double()).to(v.dtype)
+    return _MAPS[p](v, step)
 
 
 def closed_form(p: float) -> float:
@@ -62,35 +60,50 @@ def closed_form(p: float) -> float:
 
 
 def _hard_threshold(v: Tensor, step: float) -> Tensor:
-    return v.masked_fill(v**2 <= 2 * step, 0)
+    return F.hardshrink(v, math.sqrt(2 * step))
 
 
 def _half(v: Tensor, step: float) -> Tensor:
     # With x = (2 step)^(2/3) r^2 the derivative is r^3 - c r + 1/2 = 0, and the threshold c = 3/2.
     scale = (2 * step) ** (2 / 3)
-    c = (v / scale).clamp(min=1.5)
-    r = 2 * (c / 3).sqrt() * (torch.arccos(-math.sqrt(27) / 4 * c**-1.5) / 3).cos()
-    return (scale * r**2).masked_fill(v <= 1.5 * scale, 0)
+
+    def root(c: Tensor) -> Tensor:
+        return 2 * (c / 3).sqrt() * (torch.arccos(-math.sqrt(27) / 4 * c**-1.5) / 3).cos()
+
+    return _above(v, 1.5 * scale, lambda size: scale * root(size / scale) ** 2)
 
 
 def _two_thirds(v: Tensor, step: float) -> Tensor:
     # With x = step^(3/4) r^3 the derivative is r^4 - c r + 1 = 0, and the threshold c = 2. The
     # quartic is (r^2 + a r + ..)(r^2 - a r + ..), where m = a^2 solves m^3 - 4 m - c^2 = 0.
     scale = step**0.75
-    c = (v / scale).clamp(min=2)
-    m = 4 / math.sqrt(3) * (torch.arccosh(math.sqrt(27) / 16 * c**2) / 3).cosh()
-    a = m.sqrt()
-    r = (a + (2 * c / a - m).sqrt()) / 2
-    return (scale * r**3).masked_fill(v <= 2 * scale, 0)
+
+    def root(c: Tensor) -> Tensor:
+        m = 4 / math.sqrt(3) * (torch.arccosh(math.sqrt(27) / 16 * c**2) / 3).cosh()
+        a = m.sqrt()
+        return (a + (2 * c / a - m).sqrt()) / 2
+
+    return _above(v, 2 * scale, lambda size: scale * root(size / scale) ** 3)
+
+
+def _above(v: Tensor, threshold: float, shrunk: Callable[[Tensor], Tensor]) -> Tensor:
+    """0 where `|v| <= threshold`; elsewhere v with the size that a function makes of its size."""
+    size = v.abs().double()  # roots of polynomials cancel badly in float32
+    kept = size > threshold
+    result = torch.zeros_like(v)
+    result[kept] = torch.copysign(shrunk(size[kept]).to(v.dtype), v[kept])
+    return result
 
 
 def _soft_threshold(v: Tensor, step: float) -> Tensor:
-    return (v - step).clamp(min=0)
+    return F.softshrink(v, step)
 
 
 def _three_halves(v: Tensor, step: float) -> Tensor:
-    # (sqrt(step^2 + 4 v) - step) / 2 without the cancellation; the sum is positive, as step is.
-    return (2 * v / (step + (step**2 + 4 * v).sqrt())) ** 2
+    # (sqrt(step^2 + 4 |v|) - step) / 2 without the cancellation.
+    size = v.abs()
+    root = 2 * size / (step + (step**2 + 4 * size).sqrt())
+    return torch.copysign(root**2, v)
 
 
 _MAPS: dict[float, Callable[[Tensor, float], Tensor]] = {
