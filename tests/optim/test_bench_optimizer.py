@@ -3,12 +3,15 @@
 import csv
 import importlib.util
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from torch import nn
+
+from pnorm_decay import AdamPWD, param_groups
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 
