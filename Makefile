@@ -5,9 +5,6 @@ READY := .venv/.ready
 UV_VERSION := 0.13.9
 
 SCALE ?= demo
-SWEEPS ?= pwd adamw
-WORKERS ?= $(shell $(PYTHON) -c 'import os; print(os.cpu_count() if "$(SCALE)" != "paper" else 1)')
-EXPERIMENTS = $(patsubst configs/experiment/%.yaml,%,$(wildcard configs/experiment/$(SCALE)/*.yaml))
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
@@ -34,12 +31,8 @@ lock: $(READY) ## pin again what pyproject.toml asks for, into requirements.lock
 data: $(READY) ## fetch CIFAR-10 and Tiny Shakespeare into data/
 	$(BIN)/python scripts/download_data.py
 
-sweep: $(READY) ## run what is missing of the SCALE sweep (demo, cpu or paper) and record it
-	@test -n "$(EXPERIMENTS)" || { echo "SCALE=$(SCALE): no such folder in configs/experiment"; exit 1; }
-	set -e; for experiment in $(EXPERIMENTS); do for sweep in $(SWEEPS); do \
-		$(BIN)/python experiments/train.py -m experiment=$$experiment sweep=$$sweep \
-			hydra/launcher=joblib hydra.launcher.n_jobs=$(WORKERS); \
-	done; done
+sweep: $(READY) ## run what is missing of the SCALE sweeps (demo, cpu or paper) and record it
+	$(BIN)/python experiments/sweep.py $(SCALE)
 	$(BIN)/python scripts/collect.py --scale $(SCALE)
 
 figures: $(READY) ## draw every figure and table from results/*/*.csv

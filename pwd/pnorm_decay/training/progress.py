@@ -13,13 +13,13 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException
 from hydra.experimental.callback import Callback
 from hydra.types import RunMode
-from omegaconf import DictConfig
+from omegaconf import DictConfig, read_write
 from omegaconf.errors import OmegaConfBaseException
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
-TOTAL = "PNORM_SWEEP_TOTAL"  # environment variables, for a sweep's workers are other processes
+TOTAL = "PNORM_SWEEP_TOTAL"  # environment variables of a sweep's jobs
 START = "PNORM_SWEEP_START"
 
 console = Console(stderr=True, highlight=False, soft_wrap=True, markup=False)
@@ -33,12 +33,13 @@ class SweepProgress(Callback):
         overrides = [f"{key}={value}" for key, value in params.items()]
         overrides += config.hydra.overrides.task
         parsed = OverridesParser.create().parse_overrides(overrides)
-        os.environ[TOTAL] = str(len(BasicSweeper.split_arguments(parsed, None)[0]))
-        os.environ[START] = str(time.time())
-
-    def on_multirun_end(self, config: DictConfig, **kwargs: Any) -> None:
-        os.environ.pop(TOTAL, None)
-        os.environ.pop(START, None)
+        total = len(BasicSweeper.split_arguments(parsed, None)[0])
+        # Hydra hands these on to every job, also in workers that an earlier sweep has started.
+        with read_write(config.hydra.overrides):
+            config.hydra.overrides.hydra += [
+                f"+hydra.job.env_set.{TOTAL}='{total}'",
+                f"+hydra.job.env_set.{START}='{time.time()}'",
+            ]
 
 
 def in_sweep() -> bool:

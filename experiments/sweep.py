@@ -1,0 +1,83 @@
+"""Runs every sweep of a scale's experiments, one after the other; finished runs are skipped.
+
+    python experiments/sweep.py demo
+    python experiments/sweep.py cpu --experiments nanogpt_shakespeare --sweeps pwd adamw
+
+What stands behind `--` goes to each sweep as it is, for instance `-- seed=0,1,2`. It is the same as
+one `experiments/train.py -m experiment=<scale>/<name> sweep=<sweep>` after another, in one process,
+which starts its workers once.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import runpy
+import sys
+from pathlib import Path
+
+from omegaconf import OmegaConf
+
+from pnorm_decay.training.progress import console
+
+TRAIN = Path(__file__).with_name("train.py")
+CONFIGS = TRAIN.parents[1] / "configs"
+
+
+def sweeps_of(experiment: Path, chosen: list[str] | None) -> list[str]:
+    """The sweeps that an experiment's config lists, or those of the chosen ones."""
+    listed = list(OmegaConf.load(experiment).sweeps)
+    return [sweep for sweep in listed if chosen is None or sweep in chosen]
+
+
+def run_sweep(scale: str, name: str, sweep: str, workers: int, overrides: list[str]) -> bool:
+    """Runs one sweep; False where a run of it failed."""
+    console.rule(f"{scale}/{name}, {sweep}", align="left")
+    launcher = ["hydra/launcher=joblib", f"hydra.launcher.n_jobs={workers}"] if workers > 1 else []
+    experiment = [f"experiment={scale}/{name}", f"sweep={sweep}"]
+    sys.argv = [str(TRAIN), "-m", *experiment, *launcher, *overrides]
+    try:
+        runpy.run_path(str(TRAIN), run_name="__main__")
+    except SystemExit as end:
+        if end.code == 130:  # stopped by the user
+            raise
+        return not end.code
+    return True
+
+
+def main() -> None:
+    scales = sorted(path.name for path in (CONFIGS / "experiment").iterdir())
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("scale", choices=scales)
+    parser.add_argument("--experiments", nargs="+", metavar="NAME", help="only these of the scale")
+    parser.add_argument("--sweeps", nargs="+", metavar="SWEEP", help="only these of an experiment")
+    parser.add_argument(
+        "--workers",
+        type=int,
+        help="runs beside each other (default: one a core; one at paper scale, for a GPU)",
+    )
+    words = sys.argv[1:]
+    end = words.index("--") if "--" in words else len(words)
+    arguments, overrides = parser.parse_args(words[:end]), words[end + 1 :]
+    workers = arguments.workers or (1 if arguments.scale == "paper" else os.cpu_count() or 1)
+    experiments = sorted((CONFIGS / "experiment" / arguments.scale).glob("*.yaml"))
+    wanted = arguments.experiments or [path.stem for path in experiments]
+    for name in wanted:
+        if name not in [path.stem for path in experiments]:
+            parser.error(f"--experiments {name}: not in configs/experiment/{arguments.scale}")
+    failed = [
+        f"{path.stem} {sweep}"
+        for path in experiments
+        if path.stem in wanted
+        for sweep in sweeps_of(path, arguments.sweeps)
+        if not run_sweep(arguments.scale, path.stem, sweep, workers, overrides)
+    ]
+    if failed:
+        console.print("error: runs failed in", ", ".join(failed), style="red")
+        sys.exit(1)
+
+
+if __name__ == "__main__":
+    main()
