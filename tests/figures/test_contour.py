@@ -5,7 +5,7 @@ import pytest
 from matplotlib.contour import ContourSet
 
 from figures.made_up import adamw, experiment, grid, run
-from pnorm_decay.figures.contour import contour_figure, planes
+from pnorm_decay.figures.contour import contour_figure, on_planes, planes
 
 
 def panels(fig):
@@ -41,7 +41,7 @@ def test_a_panel_for_each_p_with_its_best_accuracy(contour):
 
 
 def test_adamw_does_not_stand_in_where_pwd_was_run_at_two():
-    titles = [plane.title for plane in planes(experiment([*grid(2.0), *adamw()]))]
+    titles = [plane.title for plane in planes(on_planes(experiment([*grid(2.0), *adamw()])))]
     assert titles == ["p = 2"]
 
 
@@ -144,13 +144,15 @@ def test_a_p_whose_runs_all_diverged_has_a_panel_of_crosses():
 
 def test_seeds_are_averaged_and_the_longest_run_counts():
     rows = [run(seed=0, accuracy=90), run(seed=1, accuracy=94), run(steps=50, accuracy=99)]
-    (plane,) = planes(experiment(rows))
+    (plane,) = planes(on_planes(experiment(rows)))
     assert plane.settings["val_accuracy"].tolist() == [92]
 
 
-def test_note_has_the_runs_and_those_without_a_place(full, contour):
+def test_note_has_the_runs_that_are_drawn_and_those_without_a_place(full, contour):
     text = " ".join(contour.texts[-1].get_text().split())
-    assert full.note in text
+    drawn = full.runs["method"].isin(["pwd", "adamw"]).sum()
+    assert drawn < len(full.runs)
+    assert f" {drawn} runs (1 diverged), 1 seed." in text
     assert "Grey crosses: runs that diverged" in text
     assert "Not shown" not in text
     fig = contour_figure(experiment([*grid(), run(lambda_p=0), run("oto", lambda_p=0)]))

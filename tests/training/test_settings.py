@@ -60,8 +60,9 @@ def test_threads_are_shared_among_workers():
 
 def test_precision_follows_the_hardware():
     cpu = torch.device("cpu")
-    amx = torch.cpu.get_capabilities().get("amx_bf16", False)
-    assert TrainerSettings(steps=1).resolve_precision(cpu) == ("bf16" if amx else "fp32")
+    able = torch.cpu.get_capabilities()
+    fast = able.get("amx_bf16", False) or able.get("avx512_bf16", False)
+    assert TrainerSettings(steps=1).resolve_precision(cpu) == ("bf16" if fast else "fp32")
     assert TrainerSettings(steps=1, precision="bf16").resolve_precision(cpu) == "bf16"
     with pytest.raises(ConfigError, match="fp16"):
         TrainerSettings(steps=1, precision="fp16").resolve_precision(cpu)

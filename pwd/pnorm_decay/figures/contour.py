@@ -45,18 +45,23 @@ class Plane:
     diverged: pd.DataFrame
 
 
-def planes(experiment: Experiment) -> list[Plane]:
-    """One plane a p, by rising p; AdamW stands in for p = 2 where pWD was not run at it.
+def on_planes(experiment: Experiment) -> Experiment:
+    """The runs that have a place: pWD's, and AdamW's for p = 2 where pWD was not run at it.
 
     Runs with lambda_p = 0 have no place on a logarithmic axis and are left out.
     """
     runs = experiment.runs
-    on_plane = runs[(runs["lambda_p"] > 0) & (runs["lr"] > 0)]
-    chosen = on_plane[on_plane["method"] == "pwd"]
+    placed = runs[(runs["lambda_p"] > 0) & (runs["lr"] > 0)]
+    chosen = placed[placed["method"] == "pwd"]
     if not (chosen["p"] == 2).any():
-        chosen = pd.concat([chosen, on_plane[on_plane["method"] == "adamw"].assign(p=2.0)])
+        chosen = pd.concat([chosen, placed[placed["method"] == "adamw"].assign(p=2.0)])
+    return Experiment(experiment.scale, experiment.name, chosen)
+
+
+def planes(experiment: Experiment) -> list[Plane]:
+    """One plane a p, by rising p, of the runs of ``on_planes``."""
     found = []
-    for p, members in by_p(chosen):
+    for p, members in by_p(experiment.runs):
         split = Experiment(experiment.scale, experiment.name, members)
         by_adamw = " (AdamW)" if (members["method"] == "adamw").all() else ""
         title = f"p = {p:g}{by_adamw}"
@@ -76,7 +81,8 @@ def contour_figure(experiment: Experiment) -> Figure:
     runs the colour is interpolated in log lambda_p and log lr, and never beyond them. A panel whose
     runs do not span an area shows coloured dots alone.
     """
-    panels = planes(experiment)
+    shown = on_planes(experiment)
+    panels = planes(shown)
     n_columns = 4 if len(panels) in (4, 7, 8) or len(panels) > 9 else min(max(len(panels), 1), 3)
     n_rows = -(-max(len(panels), 1) // n_columns)
     fig = Figure(figsize=(WIDTH * min(0.25 + 0.25 * n_columns, 1), 0.75 + 2.0 * n_rows))
@@ -98,7 +104,7 @@ def contour_figure(experiment: Experiment) -> Figure:
         bar.set_label("validation accuracy (%)")
     else:
         fig.text(0.5, 0.6, "no pWD run to show", ha="center")
-    finish(fig, f"{experiment.note} {_key(experiment, panels)}")
+    finish(fig, f"{shown.note} {_key(experiment, panels)}")
     return fig
 
 

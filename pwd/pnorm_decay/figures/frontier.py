@@ -199,7 +199,7 @@ def _draw_trade_off(ax: Axes, norms: list[Family], others: list[Family]) -> None
     ax.set_xlim(-0.6, max(len(families), 1) - 0.4)
     ax.set_xticks(range(len(families)), [style.tick for style, _ in families])
     ax.set_ylabel("trade-off F = 2rs / (r + s)")
-    ax.set_xlabel("p", x=max(len(norms), 1) / max(len(families), 1) / 2)
+    ax.set_xlabel("p, or method" if norms and others else "method" if others else "p")
     if norms and others:
         ax.axvline(len(norms) - 0.5, color="#bbbbbb", linewidth=0.6)
     for label in ax.get_xticklabels()[len(norms) :]:

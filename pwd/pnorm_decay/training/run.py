@@ -282,8 +282,7 @@ def describe_machine(device: torch.device, precision: str) -> dict[str, Any]:
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
     return {
         "commit": git_commit(),
-        "device": name,
-        "precision": precision,
+        "device": f"{name}, {precision}",
         "threads": torch.get_num_threads(),
         "python": platform.python_version(),
         "torch": torch.__version__,

@@ -153,9 +153,10 @@ class TrainerSettings:
 def bf16_is_fast(device: torch.device) -> bool:
     """Whether the device multiplies bf16 matrices in hardware.
 
-    A CPU without AMX emulates it: measured on one with AVX2 alone, ResNet18 under bf16 autocast
-    took ten times as long as in fp32.
+    Measured on CPUs, ResNet18 under bf16 autocast against fp32: three times as fast with AMX, 1.8
+    times with AVX-512 BF16, a tenth as fast with AVX2 alone, which emulates it.
     """
     if device.type == "cuda":
         return torch.cuda.get_device_capability(device) >= (8, 0)
-    return bool(torch.cpu.get_capabilities().get("amx_bf16", False))
+    able = torch.cpu.get_capabilities()
+    return any(able.get(name, False) for name in ("amx_bf16", "avx512_bf16"))
