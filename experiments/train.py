@@ -16,18 +16,32 @@ from omegaconf.errors import OmegaConfBaseException
 
 from pnorm_decay.data import DataError
 from pnorm_decay.records import RecordError
+from pnorm_decay.training import stopping
 from pnorm_decay.training.progress import console, in_sweep, report
-from pnorm_decay.training.run import run
+from pnorm_decay.training.run import RunError, run
 from pnorm_decay.training.settings import ConfigError
 
-USER_ERRORS = (ConfigError, DataError, RecordError, HydraException, OmegaConfBaseException)
+USER_ERRORS = (
+    ConfigError,
+    DataError,
+    RecordError,
+    RunError,
+    OSError,
+    HydraException,
+    OmegaConfBaseException,
+)
 
 
 @hydra.main(version_base="1.3", config_path="../configs", config_name="train")
 def main(cfg: DictConfig) -> None:
     """Hydra's entry point: one run."""
+    stopping.install()  # here too, for the processes that a launcher starts
     try:
-        run(cfg)
+        if not stopping.requested():
+            run(cfg)
+    except stopping.Stopped:
+        if not stopping.is_worker():  # a worker ends quietly, so that others can save too
+            raise
     except USER_ERRORS as error:
         if in_sweep():
             raise  # the other runs go on; Hydra raises it again when they are done
@@ -38,11 +52,14 @@ def main(cfg: DictConfig) -> None:
 if __name__ == "__main__":
     # Hydra then raises what goes wrong instead of printing it over several lines.
     os.environ.setdefault("HYDRA_FULL_ERROR", "1")
-    try:
-        main()
-    except USER_ERRORS as error:
-        report(error)
-        sys.exit(2)
-    except KeyboardInterrupt:
-        console.print("stopped; the same command goes on from the last checkpoint")
-        sys.exit(130)
+    with stopping.graceful():
+        try:
+            main()
+            if stopping.requested():
+                raise KeyboardInterrupt
+        except USER_ERRORS as error:
+            report(error)
+            sys.exit(2)
+        except KeyboardInterrupt:
+            console.print("stopped; the same command goes on from the last checkpoint")
+            sys.exit(130)

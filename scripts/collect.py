@@ -22,7 +22,7 @@ def collect(runs: Path, results: Path, scale: str | None) -> list[Path]:
     scale they go: a demo sweep is done again on every machine, and its rows are its own.
     """
     rows = defaultdict(list)
-    for run_scale, name, result in records.finished_runs(runs):
+    for run_scale, name, result in records.recorded_runs(runs):
         if scale in (None, run_scale):
             rows[run_scale, name].append(result["record"])
     written = []

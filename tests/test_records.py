@@ -31,16 +31,34 @@ def test_a_new_row_replaces_the_old_one_and_the_others_stay(tmp_path):
 
 def test_a_folder_without_result_is_not_complete(tmp_path):
     assert records.read_result(tmp_path) is None
-    assert list(records.finished_runs(tmp_path)) == []
+    assert list(records.recorded_runs(tmp_path)) == []
 
 
-def test_finished_runs_are_found_with_their_scale_and_name(tmp_path):
+def test_runs_are_found_with_their_scale_and_name(tmp_path):
     folder = tmp_path / "demo" / "digits" / "abc"
     folder.mkdir(parents=True)
     records.write_result(folder, {"record": record("abc")})
     (folder.parent / "cut-off").mkdir()
-    ((scale, name, result),) = records.finished_runs(tmp_path)
+    ((scale, name, result),) = records.recorded_runs(tmp_path)
     assert (scale, name, result["record"]["run_id"]) == ("demo", "digits", "abc")
+    assert [path.name for path in folder.iterdir()] == ["result.json"]
+
+
+def test_a_failed_run_is_found_until_it_succeeds_and_replaces_no_row(tmp_path):
+    folder = tmp_path / "runs" / "demo" / "digits" / "abc"
+    records.write_failure(folder, {"record": record("abc", status="failed", reason="X: y")})
+    ((_, _, failure),) = records.recorded_runs(tmp_path / "runs")
+    assert failure["record"]["reason"] == "X: y"
+    assert records.read_result(folder) is None
+    failed = pd.DataFrame([failure["record"], record("new", status="failed")])
+    path = tmp_path / "x.csv"
+    records.write(path, pd.DataFrame([record("abc", status="finished", lr=1.0)]))
+    frame = records.write(path, failed)
+    assert frame["status"].tolist() == ["finished", "failed"]
+
+    records.write_result(folder, {"record": record("abc", status="finished")})
+    ((_, _, result),) = records.recorded_runs(tmp_path / "runs")
+    assert result["record"]["status"] == "finished"
     assert [path.name for path in folder.iterdir()] == ["result.json"]
 
 

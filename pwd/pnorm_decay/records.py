@@ -16,9 +16,11 @@ import pandas as pd
 from pnorm_decay.files import write_text
 
 RESULT_FILE = "result.json"
+FAILURE_FILE = "failure.json"
 
 # Column -> pandas dtype, in the order of the CSV. Accuracies are in percent, sparsity and
-# zero_fraction fractions in [0, 1], losses in nats, seconds of wall-clock time.
+# zero_fraction fractions in [0, 1], losses in nats, seconds of wall-clock time; device with the
+# precision. status: "finished"; "diverged" or "failed", without metrics and with a reason.
 COLUMNS = {
     "run_id": "string",
     "method": "string",
@@ -41,6 +43,7 @@ COLUMNS = {
     "commit": "string",
     "finished_at": "string",
     "status": "string",
+    "reason": "string",
 }
 
 
@@ -59,25 +62,33 @@ def write_result(run_dir: Path, result: Mapping[str, Any]) -> None:
     if missing:
         raise RecordError(f"the record of {run_dir} lacks {', '.join(sorted(missing))}")
     write_text(run_dir / RESULT_FILE, json.dumps(result, indent=2) + "\n")
+    (run_dir / FAILURE_FILE).unlink(missing_ok=True)
 
 
-def read_result(run_dir: Path) -> dict[str, Any] | None:
+def write_failure(run_dir: Path, failure: Mapping[str, Any]) -> None:
+    """Leaves a note on a run that failed: ``config``, ``record`` and ``traceback``."""
+    write_text(run_dir / FAILURE_FILE, json.dumps(failure, indent=2) + "\n")
+
+
+def read_result(run_dir: Path, file: str = RESULT_FILE) -> dict[str, Any] | None:
     """The ``result.json`` of a run folder, or None where the run is not complete."""
-    path = run_dir / RESULT_FILE
+    path = run_dir / file
     try:
         return json.loads(path.read_text())
     except FileNotFoundError:
         return None
     except json.JSONDecodeError as error:
         raise RecordError(f"{path} is not valid JSON ({error}); delete it to run again") from None
+    except OSError as error:
+        raise RecordError(f"cannot read {path}: {error.strerror}") from None
 
 
-def finished_runs(runs: Path) -> Iterator[tuple[str, str, dict[str, Any]]]:
-    """Every complete run below ``runs``: (scale, name, result), in the order of their paths."""
-    for path in sorted(runs.glob(f"*/*/*/{RESULT_FILE}")):
-        result = read_result(path.parent)
+def recorded_runs(runs: Path) -> Iterator[tuple[str, str, dict[str, Any]]]:
+    """Every run below ``runs`` that ended, failed ones too: (scale, name, result) by path."""
+    for run_dir in sorted(path for path in runs.glob("*/*/*") if path.is_dir()):
+        result = read_result(run_dir) or read_result(run_dir, FAILURE_FILE)
         if result is not None:
-            yield path.parts[-4], path.parts[-3], result
+            yield run_dir.parts[-3], run_dir.parts[-2], result
 
 
 def read(path: Path) -> pd.DataFrame:
@@ -104,7 +115,7 @@ def write(path: Path, rows: pd.DataFrame, *, keep: bool = True) -> pd.DataFrame:
 
     Args:
         path: ``results/<scale>/<name>.csv``.
-        rows: new rows, with the columns of ``COLUMNS``.
+        rows: new rows, with the columns of ``COLUMNS``; a failed one does not replace an old one.
         keep: whether rows already in the file, of other runs, stay.
 
     Returns:
@@ -113,6 +124,8 @@ def write(path: Path, rows: pd.DataFrame, *, keep: bool = True) -> pd.DataFrame:
     frame = rows[list(COLUMNS)].astype(COLUMNS)
     if keep and path.exists():
         old = read(path)
+        failed = frame["status"].eq("failed").fillna(False)
+        frame = frame[~(failed & frame["run_id"].isin(old["run_id"]))]
         frame = pd.concat([old[~old["run_id"].isin(frame["run_id"])], frame])
     order = ["method", "p", "lambda_p", "lr", "seed", "run_id"]
     frame = frame.sort_values(order, kind="stable", ignore_index=True)

@@ -9,7 +9,12 @@ from torch import nn
 from pnorm_decay.data import Digits
 from pnorm_decay.models import ResNet18
 from pnorm_decay.training.settings import ConfigError, TrainerSettings
-from pnorm_decay.training.trainer import check_channels_last, cross_entropy, evaluate
+from pnorm_decay.training.trainer import (
+    check_channels_last,
+    cross_entropy,
+    evaluate,
+    make_accelerator,
+)
 
 CPU = torch.device("cpu")
 
@@ -34,7 +39,7 @@ def test_evaluation_covers_the_whole_validation_part_whatever_the_batch():
     normaliser = math.log(math.exp(2) + 9)
     for batch in (7, 1000):
         settings = TrainerSettings(steps=1, val_batch_size=batch)
-        loss, accuracy = evaluate(Always(), data, settings)
+        loss, accuracy = evaluate(Always(), data, settings, make_accelerator(CPU, "fp32"))
         assert accuracy == pytest.approx(100 * share)
         assert loss == pytest.approx(normaliser - 2 * share, rel=1e-5)
 
@@ -44,7 +49,8 @@ def test_evaluation_leaves_the_model_in_training_mode_without_touching_it():
     data.setup(CPU)
     model = ResNet18(in_channels=1, width=8)
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-    evaluate(model, data, TrainerSettings(steps=1, channels_last=False))
+    settings = TrainerSettings(steps=1, channels_last=False)
+    evaluate(model, data, settings, make_accelerator(CPU, "fp32"))
     assert model.training
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
 

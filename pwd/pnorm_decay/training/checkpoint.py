@@ -2,37 +2,112 @@
 
 from __future__ import annotations
 
+import hashlib
+import io
+import os
+import pickle
+import random
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
+from torch import nn
 
 from pnorm_decay.files import atomic_write
+from pnorm_decay.training.progress import console
 
 CHECKPOINT_FILE = "checkpoint.pt"
+DIGEST_BYTES = hashlib.sha256().digest_size
+
+
+class CheckpointError(ValueError):
+    """A checkpoint's content is not what was written."""
 
 
 def save(path: Path, state: dict[str, Any]) -> None:
-    """Writes ``state`` (tensors, numbers, strings, lists, dicts) atomically."""
+    """Writes ``state`` (tensors, numbers, strings, lists, dicts) atomically, with its checksum.
+
+    What was at ``path`` stays beside it as ``previous(path)``.
+
+    Raises:
+        OSError: the folder cannot be written or the disk is full; an older checkpoint is left.
+    """
+    buffer = io.BytesIO()
+    torch.save(state, buffer)
+    content = buffer.getbuffer()
     with atomic_write(path) as file:
-        torch.save(state, file)
+        file.write(hashlib.sha256(content).digest())
+        file.write(content)
+        if path.exists():
+            os.replace(path, previous(path))
 
 
 def load(path: Path) -> dict[str, Any] | None:
-    """The state in a checkpoint, on the CPU, or None where there is none."""
-    if not path.exists():
-        return None
-    return torch.load(path, map_location="cpu", weights_only=True)
+    """The state in a checkpoint, on the CPU, or None where there is none.
+
+    A damaged checkpoint is reported in a line, and the previous one taken.
+    """
+    for candidate in (path, previous(path)):
+        try:
+            return read(candidate)
+        except FileNotFoundError:
+            continue
+        except (CheckpointError, OSError) as error:
+            console.print(f"warning: {candidate} is left out: {error}", style="yellow")
+    return None
+
+
+def read(path: Path) -> dict[str, Any]:
+    """The state in one checkpoint file, on the CPU.
+
+    Raises:
+        CheckpointError: the file was cut short or changed.
+        OSError: it cannot be read.
+    """
+    content = path.read_bytes()
+    digest, content = content[:DIGEST_BYTES], content[DIGEST_BYTES:]
+    if hashlib.sha256(content).digest() != digest:
+        raise CheckpointError("its checksum is wrong")
+    try:
+        return torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
+    except (RuntimeError, pickle.UnpicklingError) as error:
+        raise CheckpointError(str(error).partition("\n")[0]) from error
+
+
+def previous(path: Path) -> Path:
+    """Where the checkpoint before the one at ``path`` is kept."""
+    return path.with_name(f"previous_{path.name}")
+
+
+def remove(path: Path) -> None:
+    """Removes a checkpoint and the one before it."""
+    for file in (path, previous(path)):
+        file.unlink(missing_ok=True)
+
+
+def save_model(path: Path, model: nn.Module) -> None:
+    """Writes a model's state dict atomically, for ``torch.load``."""
+    with atomic_write(path) as file:
+        torch.save(model.state_dict(), file)
 
 
 def random_state() -> dict[str, Any]:
-    """The state of torch's global generators, which dropout draws from."""
-    cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
-    return {"cpu": torch.get_rng_state(), "cuda": cuda}
+    """The state of every global random generator: Python's, NumPy's, torch's on each device."""
+    _, keys, *rest = np.random.get_state(legacy=True)
+    return {
+        "python": random.getstate(),
+        "numpy": (torch.from_numpy(np.asarray(keys, dtype=np.int64)), *rest),
+        "cpu": torch.get_rng_state(),
+        "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
+    }
 
 
 def set_random_state(state: dict[str, Any]) -> None:
     """Restores what ``random_state`` gave."""
+    random.setstate(state["python"])
+    keys, *rest = state["numpy"]
+    np.random.set_state(("MT19937", keys.numpy().astype(np.uint32), *rest))
     torch.set_rng_state(state["cpu"])
     if state["cuda"] and torch.cuda.is_available():
         torch.cuda.set_rng_state_all(state["cuda"])

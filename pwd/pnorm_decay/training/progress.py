@@ -47,6 +47,11 @@ def in_sweep() -> bool:
     return HydraConfig.initialized() and HydraConfig.get().mode == RunMode.MULTIRUN
 
 
+def job_number() -> int:
+    """This run's place in its sweep, from 0; 0 outside sweeps."""
+    return int(HydraConfig.get().job.num) if in_sweep() else 0
+
+
 def sweep_workers() -> int:
     """How many runs this sweep does beside each other."""
     if not in_sweep():
@@ -67,7 +72,7 @@ def sweep_position() -> str:
 def run_line(name: str, record: Mapping[str, Any], note: str = "") -> str:
     """One line on a finished run."""
     if record["status"] != "finished":
-        return f"{sweep_position()}{name}: {record['status']}{note}"
+        return f"{sweep_position()}{name}: {record['status']}, {record['reason']}{note}"
     return (
         f"{sweep_position()}{name}: accuracy {record['val_accuracy']:.2f} %, "
         f"sparsity {record['sparsity']:.4f}, {record['seconds']:.1f} s{note}"
@@ -82,7 +87,7 @@ def report(error: Exception) -> None:
     console.print("error:", message, style="red")
 
 
-def training_progress() -> Progress:
+def training_progress(shown: bool = True) -> Progress:
     """A bar with loss, accuracy, sparsity, lr and time left; silent in a sweep or without a tty."""
     columns = [f"{name} {{task.fields[{name}]}}" for name in ("loss", "accuracy", "sparsity", "lr")]
     return Progress(
@@ -92,7 +97,7 @@ def training_progress() -> Progress:
         *(TextColumn(column) for column in columns),
         TimeRemainingColumn(),
         console=console,
-        disable=in_sweep() or not console.is_terminal,
+        disable=not shown or in_sweep() or not console.is_terminal,
     )
 
 

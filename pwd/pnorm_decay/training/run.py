@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import hashlib
 import json
 import platform
 import subprocess
-from collections.abc import Mapping
+import traceback
+from collections.abc import Iterator, Mapping
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate import Accelerator
 from accelerate.utils import set_seed
+from filelock import FileLock, Timeout
 from hydra.errors import InstantiationException
 from hydra.utils import get_class, instantiate
 from omegaconf import DictConfig, OmegaConf
@@ -28,6 +32,7 @@ from pnorm_decay.training import checkpoint
 from pnorm_decay.training.progress import (
     console,
     in_sweep,
+    job_number,
     run_line,
     summary_table,
     sweep_position,
@@ -39,45 +44,54 @@ from pnorm_decay.training.tracking import Tracker
 from pnorm_decay.training.trainer import (
     Outcome,
     check_channels_last,
+    check_share,
     make_accelerator,
     place,
+    share_batch_norm,
     train,
 )
 
 MODEL_FILE = "model.pt"
+LOCKS = ".locks"  # in runs_dir: a folder of one file a run
 # The strength of the decay under its name in each optimizer; undecayed parameters get 0.
 DECAY_OPTIONS = ("lambda_p", "weight_decay")
 
 
-def run(cfg: DictConfig) -> dict[str, Any]:
+class RunError(RuntimeError):
+    """A run of a sweep ended in an error; the message says where its details are."""
+
+
+def run(cfg: DictConfig) -> dict[str, Any] | None:
     """Does the run that ``cfg`` describes, unless it is already complete.
 
     Args:
         cfg: the composed config, see `configs/train.yaml`.
 
     Returns:
-        The run's record, see ``records.COLUMNS``.
+        The run's record, see ``records.COLUMNS``; None for a run of a sweep that another process
+        is doing.
 
     Raises:
         ConfigError: a value is out of range or options do not go together.
         DataError: the data set is missing or broken.
+        OSError: the run's folder cannot be written; no finished run is lost.
+        RunError: in a sweep, anything else went wrong; the failure is recorded.
+        Stopped: the process was asked to stop, and the run's state is saved.
     """
     config: dict[str, Any] = OmegaConf.to_container(cfg, resolve=True)  # type: ignore[assignment]
     name = run_name(config)
     try:
         return _run(config, name)
-    except (ConfigError, DataError) as error:
+    except Exception as error:
         if in_sweep():  # Hydra would tell of it only when the whole sweep has ended
-            console.print(f"{sweep_position()}{name}: failed: {error}", style="red")
+            what = "" if isinstance(error, ConfigError | DataError) else f"{type(error).__name__}: "
+            console.print(f"{sweep_position()}{name}: failed: {what}{error}", style="red")
         raise
 
 
-def _run(config: dict[str, Any], name: str) -> dict[str, Any]:
+def _run(config: dict[str, Any], name: str) -> dict[str, Any] | None:
     settings = TrainerSettings.from_config(config["trainer"])
     data: Dataset = build(config, "data")
-    schedule: WarmupCosine = build(config, "schedule")
-    decay_schedule: DecaySchedule = build(config, "decay_schedule")
-    pruning = build_pruning(config)
     run_id = identity(config, data.label)
     run_dir = Path(config["runs_dir"]) / config["experiment_name"] / run_id
     record = finished_record(config, run_dir, run_id)
@@ -85,16 +99,49 @@ def _run(config: dict[str, Any], name: str) -> dict[str, Any]:
         console.print(run_line(name, record, note=" (already complete)"))
         return record
 
-    device = settings.resolve_device()
-    precision = settings.resolve_precision(device)
+    device = settings.resolve_device(job_number())
+    accelerator = make_accelerator(device, settings.resolve_precision(device))
+    lock = Path(config["runs_dir"]) / LOCKS / run_id
+    with claimed(lock, accelerator) as is_ours:
+        record = finished_record(config, run_dir, run_id)  # while this process waited
+        if record is None and is_ours:
+            try:
+                record = do(config, settings, data, accelerator, run_id, run_dir, name)
+            except (ConfigError, DataError, OSError):
+                raise
+            except Exception as error:
+                record_failure(config, run_id, data.label, run_dir, error)
+                if not in_sweep():
+                    raise
+                raise RunError(f"{name}: {error} (see {run_dir / records.FAILURE_FILE})") from error
+        elif record is None:
+            console.print(f"{sweep_position()}{name}: left to the process that is doing it")
+    return record
+
+
+def do(
+    config: dict[str, Any],
+    settings: TrainerSettings,
+    data: Dataset,
+    accelerator: Accelerator,
+    run_id: str,
+    run_dir: Path,
+    name: str,
+) -> dict[str, Any]:
+    """Trains, and writes everything that a finished run leaves; returns its record."""
+    schedule: WarmupCosine = build(config, "schedule")
+    decay_schedule: DecaySchedule = build(config, "decay_schedule")
+    pruning = build_pruning(config)
+    check_share(settings.batch_size, accelerator.num_processes)
     torch.set_num_threads(settings.resolve_threads(sweep_workers()))
     torch.set_flush_denormal(True)  # weights on their way to zero pass through slow denormals
-    accelerator = make_accelerator(device, precision)
     data.setup(accelerator.device)
     set_seed(config["seed"])
     model: nn.Module = build(config, "model", **data.model_args).to(accelerator.device)
+    if accelerator.num_processes > 1:
+        model = share_batch_norm(model, accelerator.device)
     if settings.channels_last:
-        check_channels_last(model, device)
+        check_channels_last(model, accelerator.device)
         model = model.to(memory_format=torch.channels_last)
     per_epoch = steps_per_epoch(data, settings.batch_size)
     steps = settings.total_steps(per_epoch)
@@ -103,7 +150,6 @@ def _run(config: dict[str, Any], name: str) -> dict[str, Any]:
     optimizer = build_optimizer(config, model)
     decay_schedulers = decay_schedule.attach(optimizer, steps)
 
-    run_dir.mkdir(parents=True, exist_ok=True)
     with Tracker(
         run_dir,
         config["logger"],
@@ -113,6 +159,7 @@ def _run(config: dict[str, Any], name: str) -> dict[str, Any]:
         method=hyperparameters(config)["method"],
         name=name,
         config=config,
+        enabled=accelerator.is_main_process,
     ) as tracker:
         outcome = train(
             data=data,
@@ -128,20 +175,66 @@ def _run(config: dict[str, Any], name: str) -> dict[str, Any]:
             run_dir=run_dir,
             tracker=tracker,
         )
-        provenance = describe_machine(accelerator.device, precision)
+        provenance = describe_machine(accelerator)
         record = make_record(config, run_id, data.label, outcome, provenance)
         tracker.summarise(record)
 
-    if settings.save_model:
-        checkpoint.save(run_dir / MODEL_FILE, pruning.plain_model().state_dict())
-    result = {"config": config, "record": record, "provenance": provenance}
-    records.write_result(run_dir, result)
-    (run_dir / checkpoint.CHECKPOINT_FILE).unlink(missing_ok=True)
-    if in_sweep():
-        console.print(run_line(name, record))
-    else:
-        console.print(summary_table(name, record, run_dir))
+    if accelerator.is_main_process:
+        if settings.save_model:
+            checkpoint.save_model(run_dir / MODEL_FILE, pruning.plain_model())
+        result = {"config": config, "record": record, "provenance": provenance}
+        records.write_result(run_dir, result)
+        checkpoint.remove(run_dir / checkpoint.CHECKPOINT_FILE)
+        if in_sweep():
+            console.print(run_line(name, record))
+        else:
+            console.print(summary_table(name, record, run_dir))
     return record
+
+
+@contextlib.contextmanager
+def claimed(path: Path, accelerator: Accelerator) -> Iterator[bool]:
+    """Keeps other processes from doing the same run at the same time.
+
+    A run of a sweep does not wait for another process's, so that the sweep goes on; a single run
+    waits. The lock goes with the process that holds it.
+
+    Args:
+        path: the run's lock file.
+        accelerator: of several processes that share the run, the main one holds the lock.
+
+    Yields:
+        Whether the run is this process's.
+    """
+    lock = FileLock(path)
+    waits = not in_sweep() or accelerator.num_processes > 1
+    if accelerator.is_main_process:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            lock.acquire(timeout=0)
+        except Timeout:
+            if not waits:
+                yield False
+                return
+            console.print("another process is doing this run; waiting for it")
+            lock.acquire()
+    accelerator.wait_for_everyone()
+    try:
+        yield True
+    finally:
+        lock.release()
+
+
+def record_failure(
+    config: Mapping[str, Any], run_id: str, label: str, run_dir: Path, error: Exception
+) -> None:
+    """Leaves in the run's folder what went wrong; the run is not complete and is tried again."""
+    reason = f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"
+    record: dict[str, Any] = dict.fromkeys(records.COLUMNS)
+    record |= {"run_id": run_id, **hyperparameters(config), "data": label}
+    record |= {"status": "failed", "reason": reason, "commit": git_commit()}
+    trace = "".join(traceback.format_exception(error))
+    records.write_failure(run_dir, {"config": config, "record": record, "traceback": trace})
 
 
 def build(config: Mapping[str, Any], group: str, **arguments: Any) -> Any:
@@ -256,7 +349,7 @@ def finished_record(config: Mapping[str, Any], run_dir: Path, run_id: str) -> di
     recorded = Path(config["results_dir"]) / f"{config['experiment_name']}.csv"
     if config["skip_recorded"] and recorded.exists():
         rows = records.read(recorded)
-        rows = rows[rows["run_id"] == run_id]
+        rows = rows[(rows["run_id"] == run_id) & (rows["status"] != "failed")]
         if len(rows):
             return {str(key): value for key, value in rows.iloc[0].items()}
     return None
@@ -272,17 +365,20 @@ def make_record(
     """The run as one row; what a diverged run did not reach is None."""
     record: dict[str, Any] = dict.fromkeys(records.COLUMNS)
     record |= {"run_id": run_id, **hyperparameters(config), **outcome.metrics}
-    record |= {"data": label, "status": outcome.status}
+    record |= {"data": label, "status": outcome.status, "reason": outcome.reason}
     record |= {key: provenance[key] for key in ("device", "commit", "finished_at")}
     return record
 
 
-def describe_machine(device: torch.device, precision: str) -> dict[str, Any]:
+def describe_machine(accelerator: Accelerator) -> dict[str, Any]:
     """Where a result comes from: commit, versions, device, precision, threads, time."""
+    device = accelerator.device
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
+    precision = accelerator.mixed_precision.replace("no", "fp32")
+    count = f"{accelerator.num_processes} x " if accelerator.num_processes > 1 else ""
     return {
         "commit": git_commit(),
-        "device": f"{name}, {precision}",
+        "device": f"{count}{name}, {precision}",
         "threads": torch.get_num_threads(),
         "python": platform.python_version(),
         "torch": torch.__version__,

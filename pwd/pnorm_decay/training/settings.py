@@ -48,7 +48,8 @@ class TrainerSettings:
         device: "cpu", "cuda", or "auto": CUDA where there is one.
         threads: CPU threads, or "auto": the cores, shared among a sweep's workers.
         channels_last: whether images and convolutions use the channels_last memory format.
-        checkpoint_minutes: a checkpoint is written at the first evaluation after this long.
+        compile: whether the model is compiled by `torch.compile`, which takes up to a minute.
+        checkpoint_minutes: time between two checkpoints, at most this much is lost.
         save_model: whether the trained weights stay in the run folder as ``model.pt``.
     """
 
@@ -62,11 +63,19 @@ class TrainerSettings:
     device: str = "auto"
     threads: int | str = "auto"
     channels_last: bool = True
+    compile: bool = False
     checkpoint_minutes: float = 5.0
     save_model: bool = True
 
     # What changes how a run is done but not what it finds: no part of a run's identity.
-    NOT_IDENTITY = ("val_batch_size", "device", "threads", "checkpoint_minutes", "save_model")
+    NOT_IDENTITY = (
+        "val_batch_size",
+        "device",
+        "threads",
+        "compile",
+        "checkpoint_minutes",
+        "save_model",
+    )
 
     def __post_init__(self) -> None:
         lengths = (self.epochs is None) + (self.steps is None)
@@ -92,7 +101,7 @@ class TrainerSettings:
                 value,
                 "a positive whole number",
             )
-        for name in ("channels_last", "save_model"):
+        for name in ("channels_last", "compile", "save_model"):
             value = getattr(self, name)
             check(isinstance(value, bool), f"trainer.{name}", value, "true or false")
         check(
@@ -128,12 +137,16 @@ class TrainerSettings:
         """Steps between two evaluations."""
         return self.eval_every or steps_per_epoch or max(1, steps // 10)
 
-    def resolve_device(self) -> torch.device:
-        """The device to train on."""
+    def resolve_device(self, job: int = 0) -> torch.device:
+        """The device to train on; the runs of a sweep, by their number, take turns on the GPUs."""
         if self.device == "cuda" and not torch.cuda.is_available():
             raise ConfigError("trainer.device=cuda: no CUDA device; use trainer.device=cpu or auto")
         cuda = self.device != "cpu" and torch.cuda.is_available()
-        return torch.device("cuda" if cuda else "cpu")
+        if not cuda:
+            return torch.device("cpu")
+        # Of a run with several processes, each has a GPU that its launcher names.
+        local = int(os.environ.get("LOCAL_RANK", job))
+        return torch.device("cuda", local % torch.cuda.device_count())
 
     def resolve_precision(self, device: torch.device) -> str:
         """The precision to train in: "fp32", "bf16" or "fp16"."""

@@ -55,6 +55,7 @@ class Tracker:
         method: the method's name in records.
         name: what a person reads in a list of runs.
         config: the resolved config.
+        enabled: whether anything is written; of several processes of a run, one does.
     """
 
     def __init__(
@@ -68,10 +69,12 @@ class Tracker:
         method: str,
         name: str,
         config: dict[str, Any],
+        enabled: bool = True,
     ) -> None:
         if logger["mode"] not in MODES:
             raise ConfigError(f"logger.mode={logger['mode']}: must be one of {', '.join(MODES)}")
         self.run_dir = run_dir
+        self.enabled = enabled
         self.history: list[Row] = []
         logging.getLogger("wandb").setLevel(logging.ERROR)
         Path(logger["dir"]).mkdir(parents=True, exist_ok=True)
@@ -87,7 +90,7 @@ class Tracker:
         )
         try:
             self._wandb = wandb.init(
-                mode=logger["mode"],
+                mode=logger["mode"] if enabled else "disabled",
                 project=logger["project"],
                 entity=logger["entity"],
                 dir=logger["dir"],
@@ -127,6 +130,8 @@ class Tracker:
     def log(self, row: Row, model: nn.Module) -> None:
         """Logs one evaluation: the row, the sparsity of every layer, the weights' histogram."""
         self.history.append(row)
+        if not self.enabled:
+            return
         text = io.StringIO()
         writer = csv.DictWriter(text, fieldnames=list(row), lineterminator="\n")
         writer.writeheader()

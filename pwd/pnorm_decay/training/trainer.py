@@ -22,12 +22,13 @@ from pnorm_decay.baselines import Pruning
 from pnorm_decay.data import Dataset
 from pnorm_decay.optim import OptionScheduler, split_decayed
 from pnorm_decay.sparsity import sparsity, zero_fraction, zeroed
-from pnorm_decay.training import checkpoint
-from pnorm_decay.training.progress import training_progress
+from pnorm_decay.training import checkpoint, stopping
+from pnorm_decay.training.progress import console, training_progress
 from pnorm_decay.training.settings import ConfigError, TrainerSettings
 from pnorm_decay.training.tracking import Row, Tracker
 
 LOSS_BATCHES = 4
+STEPS_BETWEEN_AGREEMENTS = 10  # of several processes on whether to stop
 ACCELERATE_PRECISION = {"fp32": "no", "bf16": "bf16", "fp16": "fp16"}
 
 
@@ -38,10 +39,12 @@ class Outcome:
     Attributes:
         status: "finished", or "diverged" where a loss was not finite.
         metrics: the record's columns that training determines.
+        reason: why the run did not finish, or None.
     """
 
     status: str
     metrics: dict[str, Any]
+    reason: str | None = None
 
 
 def make_accelerator(device: torch.device, precision: str) -> Accelerator:
@@ -88,20 +91,46 @@ def check_channels_last(model: nn.Module, device: torch.device) -> None:
                 )
 
 
+def check_share(batch_size: int, processes: int) -> None:
+    """Raises a ConfigError unless a batch divides evenly among a run's processes."""
+    if batch_size % processes:
+        raise ConfigError(
+            f"trainer.batch_size={batch_size}: {processes} processes share a batch, "
+            "so it must be a multiple of that"
+        )
+
+
+def share_batch_norm(model: nn.Module, device: torch.device) -> nn.Module:
+    """The model with batch statistics over all processes of a run, as one process would have them.
+
+    Raises:
+        ConfigError: the model has batch norms and the device is a CPU, for which torch has no
+            shared ones.
+    """
+    has_batch_norm = any(isinstance(m, nn.modules.batchnorm._BatchNorm) for m in model.modules())
+    if has_batch_norm and device.type == "cpu":
+        raise ConfigError("a model with batch norm runs on several GPUs, but on one CPU process")
+    return nn.SyncBatchNorm.convert_sync_batchnorm(model)
+
+
 @torch.inference_mode()
-def evaluate(model: nn.Module, data: Dataset, settings: TrainerSettings) -> tuple[float, float]:
-    """Loss (nats) and accuracy (percent) on the whole validation part."""
+def evaluate(
+    model: nn.Module, data: Dataset, settings: TrainerSettings, accelerator: Accelerator
+) -> tuple[float, float]:
+    """Loss (nats) and accuracy (percent) on the whole validation part, shared by all processes."""
     model.eval()
-    loss: Tensor | float = 0.0
-    correct: Tensor | int = 0
-    count = 0
-    for inputs, targets in data.val_batches(settings.val_batch_size):
+    # Loss, correct predictions, predictions; float64 counts exactly.
+    sums = torch.zeros(3, dtype=torch.float64, device=accelerator.device)
+    for number, (inputs, targets) in enumerate(data.val_batches(settings.val_batch_size)):
+        if number % accelerator.num_processes != accelerator.process_index:
+            continue
         logits = model(place(inputs, settings.channels_last))
-        loss = loss + cross_entropy(logits, targets, reduction="sum")
-        correct = correct + (logits.argmax(-1) == targets).sum()
-        count += targets.numel()
+        sums[0] += cross_entropy(logits, targets, reduction="sum")
+        sums[1] += (logits.argmax(-1) == targets).sum()
+        sums[2] += targets.numel()
     model.train()
-    return float(loss) / count, 100 * float(correct) / count
+    loss, correct, count = accelerator.reduce(sums, "sum").tolist()
+    return loss / count, 100 * correct / count
 
 
 @torch.inference_mode()
@@ -147,39 +176,87 @@ def train(
         steps: the run's length.
         eval_every: steps between evaluations; the last step is always evaluated.
         settings: batch sizes, clipping, memory format, checkpoints.
-        accelerator: device and precision.
+        accelerator: device, precision and processes; each process takes its share of a batch.
         seed: of the data order and augmentation.
-        run_dir: where the checkpoint and the trained weights go.
+        run_dir: where the checkpoint is.
         tracker: where the metrics go.
 
     Returns:
         The outcome; also where the loss diverged.
+
+    Raises:
+        Stopped: the process was asked to stop, and the state is saved.
     """
     trained_model = model
     model, optimizer = accelerator.prepare(model, optimizer)
+    if settings.compile:
+        model = torch.compile(model)  # type: ignore[assignment]
+    share = slice(accelerator.process_index, None, accelerator.num_processes)
 
-    first_step, seconds_before = 0, 0.0
+    parts: dict[str, Any] = {"model": trained_model, "pruning": pruning, "optimizer": optimizer}
+    parts |= {f"scheduler_{number}": scheduler for number, scheduler in enumerate(schedulers)}
+    if accelerator.scaler is not None:
+        parts["scaler"] = accelerator.scaler
+
+    step = last_evaluation = 0
+    lr, seconds_before = math.nan, 0.0
     loss_sum = torch.zeros((), device=accelerator.device)  # since the last evaluation
-    state = checkpoint.load(run_dir / checkpoint.CHECKPOINT_FILE)
+    checkpoint_path = run_dir / checkpoint.CHECKPOINT_FILE
+    state = checkpoint.load(checkpoint_path)
     if state is not None:
-        trained_model.load_state_dict(state["model"])
-        pruning.load_state_dict(state["pruning"])
-        optimizer.load_state_dict(state["optimizer"])
-        for scheduler, saved_schedule in zip(schedulers, state["schedulers"], strict=True):
-            scheduler.load_state_dict(saved_schedule)
+        for name, part in parts.items():
+            part.load_state_dict(state[name])
         checkpoint.set_random_state(state["random"])
         tracker.restore(state["history"])
-        first_step, seconds_before = state["step"], state["seconds"]
+        loss_sum.copy_(state["loss_sum"])
+        step, last_evaluation = state["step"], state["last_evaluation"]
+        lr, seconds_before = state["lr"], state["seconds"]
 
-    status = "finished"
+    def save_checkpoint() -> None:
+        state = {name: part.state_dict() for name, part in parts.items()}
+        state |= {"step": step, "last_evaluation": last_evaluation, "lr": lr, "loss_sum": loss_sum}
+        state["seconds"] = seconds_before + time.monotonic() - start
+        state |= {"random": checkpoint.random_state(), "history": tracker.history}
+        try:
+            checkpoint.save(checkpoint_path, state)
+        except OSError as error:  # a full disk must not end a run that could still finish
+            console.print(f"warning: no checkpoint written: {error}", style="yellow")
+
+    reason = None
     start = saved = time.monotonic()
-    last_evaluation = first_step
     model.train()
-    with training_progress() as bar:
-        task = bar.add_task("training", total=steps, completed=first_step, **shown(tracker))
-        for step in range(first_step, steps):
+    with training_progress(accelerator.is_main_process) as bar:
+        task = bar.add_task("training", total=steps, completed=step, **shown(tracker))
+        while True:
+            if step != last_evaluation and (step % eval_every == 0 or step == steps):
+                if step == steps:
+                    pruning.finish(partial(training_loss, data, settings, seed))
+                plain_model = pruning.plain_model()
+                mean_loss = accelerator.reduce(loss_sum, "mean") / (step - last_evaluation)
+                val_loss, val_accuracy = evaluate(plain_model, data, settings, accelerator)
+                row: Row = {
+                    "step": step,
+                    "lr": lr,
+                    "train_loss": float(mean_loss),
+                    "val_loss": val_loss,
+                    "val_accuracy": val_accuracy,
+                    "sparsity": sparsity(plain_model),
+                    "zero_fraction": zero_fraction(plain_model),
+                    "seconds": seconds_before + time.monotonic() - start,
+                }
+                tracker.log(row, plain_model)
+                bar.update(task, **shown(tracker))
+                if not (math.isfinite(row["train_loss"]) and math.isfinite(val_loss)):
+                    reason = f"the loss was not finite by step {step:,}"
+                    break
+                loss_sum.zero_()
+                last_evaluation = step
+            if step == steps:
+                break
+
             inputs, targets = data.train_batch(step, settings.batch_size, seed)
-            loss = cross_entropy(model(place(inputs, settings.channels_last)), targets)
+            inputs, targets = place(inputs[share], settings.channels_last), targets[share]
+            loss = cross_entropy(model(inputs), targets)
             accelerator.backward(loss)
             pruning.before_step(step)
             if settings.clip_grad_norm is not None:
@@ -187,61 +264,44 @@ def train(
             optimizer.step()
             pruning.after_step(step)
             optimizer.zero_grad()
-            lr = optimizer.param_groups[0]["lr"]
+            lr = float(optimizer.param_groups[0]["lr"])
             for scheduler in schedulers:
                 scheduler.step()
             loss_sum += loss.detach()
-            bar.update(task, completed=step + 1)
+            step += 1
+            bar.update(task, completed=step)
 
-            done = step + 1
-            if done % eval_every and done != steps:
-                continue
-            if done == steps:
-                pruning.finish(partial(training_loss, data, settings, seed))
-            plain_model = pruning.plain_model()
-            val_loss, val_accuracy = evaluate(plain_model, data, settings)
-            row: Row = {
-                "step": done,
-                "lr": float(lr),
-                "train_loss": float(loss_sum) / (done - last_evaluation),
-                "val_loss": val_loss,
-                "val_accuracy": val_accuracy,
-                "sparsity": sparsity(plain_model),
-                "zero_fraction": zero_fraction(plain_model),
-                "seconds": seconds_before + time.monotonic() - start,
-            }
-            tracker.log(row, plain_model)
-            bar.update(task, **shown(tracker))
-            if not (math.isfinite(row["train_loss"]) and math.isfinite(val_loss)):
-                status = "diverged"
-                break
-            loss_sum.zero_()
-            last_evaluation = done
-            if time.monotonic() - saved > 60 * settings.checkpoint_minutes and done != steps:
-                state = {
-                    "step": done,
-                    "seconds": row["seconds"],
-                    "model": trained_model.state_dict(),
-                    "pruning": pruning.state_dict(),
-                    "optimizer": optimizer.state_dict(),
-                    "schedulers": [scheduler.state_dict() for scheduler in schedulers],
-                    "random": checkpoint.random_state(),
-                    "history": tracker.history,
-                }
-                checkpoint.save(run_dir / checkpoint.CHECKPOINT_FILE, state)
+            stop = should_stop(accelerator, step)
+            if stop or time.monotonic() - saved > 60 * settings.checkpoint_minutes:
+                if accelerator.is_main_process:
+                    save_checkpoint()
                 saved = time.monotonic()
+            if stop:
+                raise stopping.Stopped
 
     plain_model = pruning.plain_model()
     metrics: dict[str, Any] = {"steps": steps, "params_decayed": decayed_count(plain_model)}
     metrics["seconds"] = seconds_before + time.monotonic() - start
-    if status == "finished":
-        metrics |= final_metrics(tracker.history)
-        metrics["val_accuracy_zeroed"] = metrics["val_accuracy"]
-        # Where every small weight is exactly zero, zeroing them changes nothing.
-        if metrics["sparsity"] != metrics["zero_fraction"]:
-            with zeroed(plain_model):
-                metrics["val_accuracy_zeroed"] = evaluate(plain_model, data, settings)[1]
-    return Outcome(status, metrics)
+    if reason is not None:
+        return Outcome("diverged", metrics, reason)
+    metrics |= final_metrics(tracker.history)
+    metrics["val_accuracy_zeroed"] = metrics["val_accuracy"]
+    # Where every small weight is exactly zero, zeroing them changes nothing.
+    if metrics["sparsity"] != metrics["zero_fraction"]:
+        with zeroed(plain_model):
+            accuracy = evaluate(plain_model, data, settings, accelerator)[1]
+        metrics["val_accuracy_zeroed"] = accuracy
+    return Outcome("finished", metrics)
+
+
+def should_stop(accelerator: Accelerator, step: int) -> bool:
+    """Whether to save and stop after this step; all processes of a run say the same."""
+    if accelerator.num_processes == 1:
+        return stopping.requested()
+    if step % STEPS_BETWEEN_AGREEMENTS:
+        return False
+    asked = torch.tensor(float(stopping.requested()), device=accelerator.device)
+    return bool(accelerator.reduce(asked, "sum"))
 
 
 def shown(tracker: Tracker) -> dict[str, Any]:
