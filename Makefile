@@ -8,7 +8,7 @@ SCALE ?= demo
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help setup lock data sweep figures reproduce-figures bench bench-optimizer dashboard sync test lint clean
+.PHONY: help setup lock data sweep figures reproduce-figures bench bench-optimizer bench-training bench-sweep dashboard sync soak test lint clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-18s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -42,10 +42,16 @@ figures: $(READY) ## draw every figure and table from results/*/*.csv
 
 reproduce-figures: sweep figures ## the main job: sweep, then figures (SCALE=demo, cpu or paper)
 
-bench: bench-optimizer ## run every benchmark, alone on the machine
+bench: bench-optimizer bench-training bench-sweep ## run every benchmark, alone on the machine
 
 bench-optimizer: $(READY) ## time the optimizers against fused AdamW, into results/bench/optimizer.csv
 	$(BIN)/python scripts/bench_optimizer.py
+
+bench-training: $(READY) ## time the trainer against a straightforward loop, into results/bench/training.csv
+	$(BIN)/python scripts/bench_training.py
+
+bench-sweep: $(READY) ## measure a sweep's runs per hour, into results/bench/sweep.csv
+	$(BIN)/python scripts/bench_sweep.py
 
 dashboard: $(READY) ## browse the offline W&B runs in the terminal
 	@test -d runs/wandb || { echo "no runs yet: make reproduce-figures makes some"; exit 1; }
@@ -53,6 +59,9 @@ dashboard: $(READY) ## browse the offline W&B runs in the terminal
 
 sync: $(READY) ## upload the offline W&B runs to a W&B server (after .venv/bin/wandb login)
 	$(BIN)/wandb sync runs/wandb/offline-run-*
+
+soak: $(READY) ## kill and resume a run fifty times, and compare the bits (several minutes)
+	$(BIN)/python scripts/soak.py
 
 test: $(READY) ## run the tests
 	$(BIN)/python -m pytest

@@ -11,7 +11,6 @@ which starts its workers once.
 from __future__ import annotations
 
 import argparse
-import os
 import runpy
 import sys
 from pathlib import Path
@@ -30,12 +29,11 @@ def sweeps_of(experiment: Path, chosen: list[str] | None) -> list[str]:
     return [sweep for sweep in listed if chosen is None or sweep in chosen]
 
 
-def run_sweep(scale: str, name: str, sweep: str, workers: int, overrides: list[str]) -> bool:
+def run_sweep(scale: str, name: str, sweep: str, overrides: list[str]) -> bool:
     """Runs one sweep; False where a run of it failed."""
     console.rule(f"{scale}/{name}, {sweep}", align="left")
-    launcher = ["hydra/launcher=joblib", f"hydra.launcher.n_jobs={workers}"] if workers > 1 else []
     experiment = [f"experiment={scale}/{name}", f"sweep={sweep}"]
-    sys.argv = [str(TRAIN), "-m", *experiment, *launcher, *overrides]
+    sys.argv = [str(TRAIN), "-m", *experiment, *overrides]
     try:
         runpy.run_path(str(TRAIN), run_name="__main__")
     except SystemExit as end:
@@ -56,12 +54,13 @@ def main() -> None:
     parser.add_argument(
         "--workers",
         type=int,
-        help="runs beside each other (default: one a core; one at paper scale, for a GPU)",
+        help="runs beside each other (default: one a GPU or, without one, one a core)",
     )
     words = sys.argv[1:]
     end = words.index("--") if "--" in words else len(words)
     arguments, overrides = parser.parse_args(words[:end]), words[end + 1 :]
-    workers = arguments.workers or (1 if arguments.scale == "paper" else os.cpu_count() or 1)
+    if arguments.workers:
+        overrides.append(f"hydra.launcher.n_jobs={arguments.workers}")
     experiments = sorted((CONFIGS / "experiment" / arguments.scale).glob("*.yaml"))
     wanted = arguments.experiments or [path.stem for path in experiments]
     for name in wanted:
@@ -72,7 +71,7 @@ def main() -> None:
         for path in experiments
         if path.stem in wanted
         for sweep in sweeps_of(path, arguments.sweeps)
-        if not run_sweep(arguments.scale, path.stem, sweep, workers, overrides)
+        if not run_sweep(arguments.scale, path.stem, sweep, overrides)
     ]
     if failed:
         console.print("error: runs failed in", ", ".join(failed), style="red")

@@ -9,9 +9,7 @@ the very first step builds the fused kernel, a first step in a later process fin
 from __future__ import annotations
 
 import argparse
-import csv
 import os
-import platform
 import statistics
 import subprocess
 import sys
@@ -19,7 +17,6 @@ import tempfile
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +26,7 @@ from rich.progress import track
 from rich.table import Table
 from torch import nn
 
+from bench_common import machine, write_rows
 from pnorm_decay import AdamPWD, param_groups
 from pnorm_decay.models.gpt import GPT
 from pnorm_decay.models.resnet import ResNet18
@@ -159,25 +157,6 @@ def memory(field: str) -> float:
     return next((int(x.split()[1]) * 1024.0 for x in lines if x.startswith(field + ":")), 0.0)
 
 
-def machine() -> dict[str, str | int]:
-    """What the numbers were taken on."""
-    info = Path("/proc/cpuinfo")
-    lines = info.read_text().splitlines() if info.exists() else []
-    name = next((line.partition(":")[2].strip() for line in lines if "model name" in line), "")
-    compiler = subprocess.run(
-        [os.environ.get("CC", "cc"), "--version"], capture_output=True, text=True, check=False
-    )
-    return {
-        "machine": f"{name or platform.processor()} ({platform.machine()})",
-        "cpu_capability": torch.backends.cpu.get_cpu_capability(),
-        "threads": torch.get_num_threads(),
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "compiler": compiler.stdout.partition("\n")[0],
-        "date": datetime.now(UTC).date().isoformat(),
-    }
-
-
 def measure(model_name: str, timed: list[Case], repeats: int) -> list[dict[str, Any]]:
     """One row a case. First steps and memory are those of the implementation's first case."""
     times = median_times(model_name, timed, repeats)
@@ -249,11 +228,7 @@ def main() -> None:
         measured = measure(model_name, cases(arguments.p), arguments.repeats)
         show(measured)
         rows += measured
-    arguments.output.parent.mkdir(parents=True, exist_ok=True)
-    with arguments.output.open("w", newline="") as file:
-        writer = csv.DictWriter(file, fieldnames=list(rows[0]), lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(rows)
+    write_rows(arguments.output, rows)
     console.print(f"{arguments.output}: {len(rows)} rows")
 
 

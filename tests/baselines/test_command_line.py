@@ -16,6 +16,7 @@ TRAIN = "experiments/train.py"
 DIGITS = "experiment=demo/resnet_digits"
 SHORT = ["model.width=8", "trainer.epochs=null", "trainer.steps=6", "trainer.eval_every=3",
          "trainer.threads=1", "logger=none"]  # fmt: skip
+ONE_BY_ONE = "hydra.launcher.n_jobs=1"
 
 
 @pytest.fixture
@@ -110,7 +111,14 @@ def test_a_run_that_was_cut_off_goes_on_to_the_same_end(
 
 def test_runs_that_differ_in_their_target_alone_are_different_runs(run_program, places, tmp_path):
     done = run_program(
-        TRAIN, "-m", DIGITS, "sweep=magnitude", *SHORT, *places, "pruning.sparsity=0.5,0.9"
+        TRAIN,
+        "-m",
+        DIGITS,
+        "sweep=magnitude",
+        *SHORT,
+        *places,
+        ONE_BY_ONE,
+        "pruning.sparsity=0.5,0.9",
     )
     assert done.code == 0, done.err
     assert "sparsity=0.5" in done.err  # a person can tell them apart as well

@@ -17,6 +17,7 @@ import torch
 from PIL import Image
 from pnorm_decay.data import CIFAR10, DataError, Dataset, Digits, augment, base, cifar10
 from pnorm_decay.data.cache import Images
+from pnorm_decay.data.images import Epoch
 from pnorm_decay.data.sources import read_images
 from torch import Tensor
 from torch.nn import functional as F
@@ -154,7 +155,7 @@ def test_channels_are_normalised_one_by_one(copy: Path, cache: Path) -> None:
 
 def test_every_epoch_is_another_permutation(digits: Digits) -> None:
     # A batch size that divides 1437: an epoch then holds every image once.
-    order = [digits._epoch_order(seed=0, epoch=number) for number in range(3)]
+    order = [digits._drawn(seed=0, epoch=number).order for number in range(3)]
     for permutation in order:
         assert torch.equal(permutation.sort().values, torch.arange(1437))
     assert not torch.equal(order[0], order[1])
@@ -168,7 +169,7 @@ def test_an_incomplete_last_batch_is_dropped(digits: Digits) -> None:
     assert [len(labels) for labels in batches] == [500, 500]
     first_of_next = digits.train_batch(2, 500, seed=0)[1]
     assert torch.equal(
-        first_of_next, digits._images.train_labels[digits._epoch_order(0, epoch=1)[:500]]
+        first_of_next, digits._images.train_labels[digits._drawn(0, epoch=1).order[:500]]
     )
 
 
@@ -185,19 +186,25 @@ def test_train_batch_is_a_function_of_step_and_seed() -> None:
     assert not torch.equal(expected[7][0], one.train_batch(8, 64, seed=3)[0])
 
 
-def test_augmentation_differs_between_steps_and_seeds() -> None:
-    dataset = Digits(crop_padding=2)
+def augmented(dataset: Digits, images: Tensor, seed: int, epoch: int) -> Tensor:
+    """The images as the first ones of an epoch."""
     dataset.setup(CPU)
+    drawn = dataset._drawn(seed, epoch)
+    return dataset._augment(images, Epoch(*(draw[: len(images)] for draw in drawn)))
+
+
+def test_augmentation_differs_between_epochs_and_seeds() -> None:
+    dataset = Digits(crop_padding=2)
     images = torch.arange(64, dtype=torch.uint8).view(1, 1, 8, 8).expand(40, 1, 8, 8)
-    drawn = [dataset._augment(images, seed, step) for seed, step in [(0, 0), (0, 1), (1, 0)]]
+    drawn = [augmented(dataset, images, *key) for key in [(0, 0), (0, 1), (1, 0)]]
     assert len(torch.unique(torch.stack(drawn), dim=0)) == 3
     assert len(torch.unique(drawn[0], dim=0)) > 10  # and between the images of a batch
 
 
 def test_a_switch_does_not_change_what_else_is_drawn() -> None:
     images = torch.arange(64, dtype=torch.uint8).view(1, 1, 8, 8).expand(40, 1, 8, 8)
-    plain = Digits(crop_padding=2)._augment(images, seed=0, step=0)
-    flipped = Digits(crop_padding=2, flip=True)._augment(images, seed=0, step=0)
+    plain = augmented(Digits(crop_padding=2), images, seed=0, epoch=0)
+    flipped = augmented(Digits(crop_padding=2, flip=True), images, seed=0, epoch=0)
     chosen = (plain != flipped).flatten(1).any(dim=1)
     assert 5 < int(chosen.sum()) < 35
     assert torch.equal(flipped[chosen], plain[chosen].flip(3))
@@ -263,7 +270,7 @@ def test_crop_equals_cropping_one_by_one() -> None:
 def test_crops_reach_every_offset() -> None:
     dataset = Digits(crop_padding=1)
     image = torch.arange(1, 65, dtype=torch.uint8).view(1, 1, 8, 8)
-    windows = dataset._augment(image.expand(500, 1, 8, 8), seed=0, step=0)
+    windows = augmented(dataset, image.expand(500, 1, 8, 8), seed=0, epoch=0)
     assert len(torch.unique(windows, dim=0)) == 9
 
 
@@ -300,7 +307,7 @@ def test_angles_fill_the_range() -> None:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(augment, "rotate", record)
         images = torch.zeros(1000, 1, 8, 8, dtype=torch.uint8)
-        Digits(rotation_degrees=10)._augment(images, seed=0, step=0)
+        augmented(Digits(rotation_degrees=10), images, seed=0, epoch=0)
     assert -10 <= seen[0].min() < -9.5
     assert 9.5 < seen[0].max() <= 10
     assert seen[0].mean().abs() < 1

@@ -5,6 +5,7 @@ import torch
 from torch.nn import functional as F
 
 from pnorm_decay.models import GPT
+from pnorm_decay.models.gpt import causal_attention
 
 
 def small(**options: float) -> GPT:
@@ -120,3 +121,22 @@ def test_dropout_must_be_a_probability_below_one(dropout: float) -> None:
 def test_too_long_a_context_is_refused() -> None:
     with pytest.raises(ValueError, match="9 tokens exceed block_size 8"):
         small()(torch.zeros(1, 9, dtype=torch.int64))
+
+
+def test_bf16_attention_on_a_cpu_is_torchs() -> None:
+    q, k, v = (torch.randn(2, 3, 7, 8, requires_grad=True) for _ in range(3))
+    expected = F.scaled_dot_product_attention(q, k, v, is_causal=True)
+    wanted = torch.autograd.grad(expected.square().sum(), (q, k, v))
+    narrow = [tensor.detach().bfloat16().requires_grad_() for tensor in (q, k, v)]
+    result = causal_attention(*narrow, dropout=0.0)
+    got = torch.autograd.grad(result.float().square().sum(), narrow)
+    torch.testing.assert_close(result.float(), expected, atol=0.03, rtol=0.03)
+    for one, other in zip(got, wanted, strict=True):
+        torch.testing.assert_close(one.float(), other, atol=0.15, rtol=0.05)
+
+
+def test_bf16_attention_on_a_cpu_drops_weights_in_training() -> None:
+    ones = torch.ones(1, 1, 50, 4, dtype=torch.bfloat16)
+    dropped = causal_attention(ones, ones, ones, dropout=0.5)
+    assert dropped.float().std() > 0.1
+    assert dropped.float().mean() == pytest.approx(1, abs=0.25)

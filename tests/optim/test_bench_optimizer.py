@@ -19,6 +19,7 @@ REPOSITORY = Path(__file__).resolve().parents[2]
 @pytest.fixture
 def bench(monkeypatch: pytest.MonkeyPatch) -> Any:
     path = REPOSITORY / "scripts" / "bench_optimizer.py"
+    monkeypatch.syspath_prepend(path.parent)
     specification = importlib.util.spec_from_file_location("bench_optimizer", path)
     assert specification is not None
     assert specification.loader is not None

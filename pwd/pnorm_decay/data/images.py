@@ -4,6 +4,7 @@ import logging
 from abc import abstractmethod
 from collections.abc import Hashable, Iterator
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -17,6 +18,24 @@ from pnorm_decay.data.sources import fingerprint
 logger = logging.getLogger(__name__)
 
 ORDER, AUGMENTATION = 0, 1  # this module's purposes for random_stream
+
+
+class Epoch(NamedTuple):
+    """What is drawn for the images of an epoch, or of a batch, in the order of training.
+
+    Attributes:
+        order: places in the training part, int64.
+        top: row at which the window of each is cut out of the padded image, int64.
+        left: the same for columns.
+        flipped: whether each is mirrored, bool.
+        degrees: how far each is turned, float32.
+    """
+
+    order: Tensor
+    top: Tensor
+    left: Tensor
+    flipped: Tensor
+    degrees: Tensor
 
 
 class ImageDataset(Dataset):
@@ -40,7 +59,7 @@ class ImageDataset(Dataset):
         self.flip = flip
         self.rotation_degrees = rotation_degrees
         self._loaded: Images | None = None
-        self._order: tuple[tuple[int, int], Tensor] | None = None
+        self._epoch: tuple[tuple[int, int], Epoch] | None = None
 
     @abstractmethod
     def _load(self) -> Images:
@@ -54,7 +73,7 @@ class ImageDataset(Dataset):
         """See `Dataset.setup`."""
         key = (type(self), self._source(), str(device))
         self._loaded = keep_latest(key, lambda: self._load().to(device))
-        self._order = None
+        self._epoch = None
 
     @property
     def _images(self) -> Images:
@@ -85,9 +104,9 @@ class ImageDataset(Dataset):
         """
         epoch, position = divmod(step, self.steps_per_epoch(batch_size))
         first = position * batch_size
-        chosen = self._epoch_order(seed, epoch)[first : first + batch_size]
-        images = self._augment(self._images.train_images[chosen], seed, step)
-        return self._normalise(images), self._images.train_labels[chosen]
+        drawn = Epoch(*(draw[first : first + batch_size] for draw in self._drawn(seed, epoch)))
+        images = self._augment(self._images.train_images[drawn.order], drawn)
+        return self._normalise(images), self._images.train_labels[drawn.order]
 
     def val_batches(self, batch_size: int) -> Iterator[tuple[Tensor, Tensor]]:
         """See `Dataset.val_batches`; normalised as the training part is, not augmented."""
@@ -96,32 +115,31 @@ class ImageDataset(Dataset):
         for x, y in zip(images.split(batch_size), labels.split(batch_size), strict=True):
             yield self._normalise(x), y
 
-    def _epoch_order(self, seed: int, epoch: int) -> Tensor:
-        if self._order is None or self._order[0] != (seed, epoch):
-            labels = self._images.train_labels
-            order = random_stream(ORDER, seed, epoch).permutation(len(labels))
-            self._order = ((seed, epoch), torch.from_numpy(order).to(labels.device))
-        return self._order[1]
-
-    def _augment(self, images: Tensor, seed: int, step: int) -> Tensor:
-        """Crop, flip and rotate, as configured.
+    def _drawn(self, seed: int, epoch: int) -> Epoch:
+        """All that is random in an epoch: drawn once, so that a step copies nothing to the device.
 
         Everything is drawn whatever is switched on, so that a switch changes nothing else.
         """
-        stream, count = random_stream(AUGMENTATION, seed, step), len(images)
-        places = stream.integers(2 * self.crop_padding + 1, size=(2, count))
-        flips = stream.integers(2, size=(1, count))
-        angles = stream.uniform(-1, 1, size=count).astype(np.float32) * self.rotation_degrees
-        # One transfer for all that is whole numbers.
-        draws = torch.from_numpy(np.concatenate([places, flips]))
-        top, left, flipped = draws.to(images.device, non_blocking=True)
+        if self._epoch is None or self._epoch[0] != (seed, epoch):
+            labels = self._images.train_labels
+            order = random_stream(ORDER, seed, epoch).permutation(len(labels))
+            stream = random_stream(AUGMENTATION, seed, epoch)
+            top, left = stream.integers(2 * self.crop_padding + 1, size=(2, len(labels)))
+            flipped = stream.integers(2, size=len(labels)).astype(bool)
+            angles = stream.uniform(-1, 1, size=len(labels)).astype(np.float32)
+            draws = (order, top, left, flipped, angles * self.rotation_degrees)
+            drawn = Epoch(*(torch.from_numpy(draw).to(labels.device) for draw in draws))
+            self._epoch = ((seed, epoch), drawn)
+        return self._epoch[1]
+
+    def _augment(self, images: Tensor, drawn: Epoch) -> Tensor:
+        """Crop, flip and rotate, as configured."""
         if self.crop_padding:
-            images = augment.crop(images, top, left, self.crop_padding)
+            images = augment.crop(images, drawn.top, drawn.left, self.crop_padding)
         if self.flip:
-            images = augment.flip(images, flipped.bool())
+            images = augment.flip(images, drawn.flipped)
         if self.rotation_degrees:
-            degrees = torch.from_numpy(angles).to(images.device, non_blocking=True)
-            images = augment.rotate(images.float(), degrees)
+            images = augment.rotate(images.float(), drawn.degrees)
         return images
 
     def _normalise(self, images: Tensor) -> Tensor:

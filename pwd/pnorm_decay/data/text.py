@@ -21,6 +21,7 @@ from pnorm_decay.data.files import cache_write, check_sha256, download
 
 TRAIN_FRACTION = 0.9
 BLOCK_STARTS = 2  # this module's purpose for random_stream
+STEPS_A_DRAW = 1000
 
 
 class Tokens(NamedTuple):
@@ -59,6 +60,7 @@ class TextDataset(Dataset):
             raise ValueError(f"block_size must be at least 1, got {block_size}")
         self.block_size = block_size
         self._loaded: Tokens | None = None
+        self._drawn: tuple[tuple[int, int, int], Tensor] | None = None
 
     @abstractmethod
     def _text(self) -> str:
@@ -89,6 +91,7 @@ class TextDataset(Dataset):
                 f"the training part has {len(loaded.train):,} characters"
             )
         self._loaded = loaded
+        self._drawn = None
 
     @property
     def _tokens(self) -> Tokens:
@@ -113,12 +116,23 @@ class TextDataset(Dataset):
             x and y, int64 `(batch_size, block_size)`; y is x one character further on.
         """
         check_batch_size(batch_size)
-        train = self._tokens.train
-        windows = train.unfold(0, self.block_size, 1)
-        stream = random_stream(BLOCK_STARTS, seed, step)
-        starts = torch.from_numpy(stream.integers(len(windows) - 1, size=batch_size))
-        starts = starts.to(train.device, non_blocking=True)
+        windows = self._tokens.train.unfold(0, self.block_size, 1)
+        starts = self._starts(seed, step // STEPS_A_DRAW, batch_size)[step % STEPS_A_DRAW]
         return windows[starts], windows[starts + 1]
+
+    def _starts(self, seed: int, number: int, batch_size: int) -> Tensor:
+        """Where the blocks of many steps begin, int64 (steps, batch), on the device.
+
+        Drawn many at a time, so that a step copies nothing to the device.
+        """
+        key = (seed, number, batch_size)
+        if self._drawn is None or self._drawn[0] != key:
+            train = self._tokens.train
+            stream = random_stream(BLOCK_STARTS, seed, number)
+            size = (STEPS_A_DRAW, batch_size)
+            starts = stream.integers(len(train) - self.block_size, size=size)
+            self._drawn = (key, torch.from_numpy(starts).to(train.device))
+        return self._drawn[1]
 
     def val_batches(self, batch_size: int) -> Iterator[tuple[Tensor, Tensor]]:
         """Consecutive blocks in which every character but the first is a target exactly once.

@@ -7,6 +7,26 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 
+def causal_attention(q: Tensor, k: Tensor, v: Tensor, dropout: float) -> Tensor:
+    """Scaled dot-product attention in which no position sees a later one.
+
+    torch's own, except for bf16 on a CPU: there the backward pass of its kernel took 45 % of a
+    training step (torch 2.14.1, AVX-512 BF16), and plain matrix products are four times as fast.
+
+    Args:
+        q: queries, (batch, heads, positions, channels).
+        k: keys, the same shape.
+        v: values, the same shape.
+        dropout: probability with which an attention weight is dropped.
+    """
+    if not (q.is_cpu and q.dtype == torch.bfloat16):
+        return F.scaled_dot_product_attention(q, k, v, dropout_p=dropout, is_causal=True)
+    scores = (q * q.shape[-1] ** -0.5) @ k.mT
+    later = torch.ones(scores.shape[-2:], dtype=torch.bool, device=q.device).triu(1)
+    weights = scores.masked_fill(later, -math.inf).softmax(-1)
+    return F.dropout(weights, dropout) @ v
+
+
 class CausalSelfAttention(nn.Module):
     """Multi-head attention in which a position sees itself and what came before it."""
 
@@ -22,9 +42,7 @@ class CausalSelfAttention(nn.Module):
         B, T, C = x.shape
         heads = self.qkv(x).view(B, T, 3, self.n_head, C // self.n_head)
         q, k, v = heads.permute(2, 0, 3, 1, 4)
-        out = F.scaled_dot_product_attention(
-            q, k, v, dropout_p=self.dropout if self.training else 0.0, is_causal=True
-        )
+        out = causal_attention(q, k, v, self.dropout if self.training else 0.0)
         return self.resid_dropout(self.proj(out.transpose(1, 2).reshape(B, T, C)))
 
 

@@ -97,6 +97,7 @@ def training_progress(shown: bool = True) -> Progress:
         *(TextColumn(column) for column in columns),
         TimeRemainingColumn(),
         console=console,
+        refresh_per_second=2,  # drawing takes milliseconds
         disable=not shown or in_sweep() or not console.is_terminal,
     )
 

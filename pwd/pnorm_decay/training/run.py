@@ -47,6 +47,7 @@ from pnorm_decay.training.trainer import (
     check_share,
     make_accelerator,
     place,
+    prepare_process,
     share_batch_norm,
     train,
 )
@@ -84,8 +85,9 @@ def run(cfg: DictConfig) -> dict[str, Any] | None:
         return _run(config, name)
     except Exception as error:
         if in_sweep():  # Hydra would tell of it only when the whole sweep has ended
-            what = "" if isinstance(error, ConfigError | DataError) else f"{type(error).__name__}: "
-            console.print(f"{sweep_position()}{name}: failed: {what}{error}", style="red")
+            cause = error.__cause__ if isinstance(error, RunError) else error
+            kind = "" if isinstance(cause, ConfigError | DataError) else f"{type(cause).__name__}: "
+            console.print(f"{sweep_position()}{name}: failed: {kind}{cause}", style="red")
         raise
 
 
@@ -133,8 +135,7 @@ def do(
     decay_schedule: DecaySchedule = build(config, "decay_schedule")
     pruning = build_pruning(config)
     check_share(settings.batch_size, accelerator.num_processes)
-    torch.set_num_threads(settings.resolve_threads(sweep_workers()))
-    torch.set_flush_denormal(True)  # weights on their way to zero pass through slow denormals
+    prepare_process(settings.resolve_threads(sweep_workers()))
     data.setup(accelerator.device)
     set_seed(config["seed"])
     model: nn.Module = build(config, "model", **data.model_args).to(accelerator.device)

@@ -7,6 +7,7 @@ import os
 from dataclasses import dataclass, fields
 
 import torch
+from omegaconf import OmegaConf
 
 PRECISIONS = ("auto", "fp32", "bf16", "fp16")
 DEVICES = ("auto", "cpu", "cuda")
@@ -161,6 +162,18 @@ class TrainerSettings:
         if self.threads != "auto":
             return int(self.threads)
         return max(1, (os.cpu_count() or 1) // workers)
+
+
+def workers() -> int:
+    """How many runs of a sweep this machine does beside each other: one a GPU, else one a core.
+
+    Measured on CPUs by `make bench-sweep`: single-threaded runs beside each other get more done
+    than one run with all threads.
+    """
+    return torch.cuda.device_count() or os.cpu_count() or 1
+
+
+OmegaConf.register_new_resolver("workers", workers, replace=True)  # for configs/train.yaml
 
 
 def bf16_is_fast(device: torch.device) -> bool:

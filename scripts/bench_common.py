@@ -1,0 +1,39 @@
+"""What the benchmarks share: what machine they ran on, and how their rows are written."""
+
+from __future__ import annotations
+
+import os
+import platform
+import subprocess
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import torch
+
+from pnorm_decay.files import write_text
+
+
+def machine() -> dict[str, str | int]:
+    """What the numbers were taken on."""
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text().splitlines() if info.exists() else []
+    name = next((line.partition(":")[2].strip() for line in lines if "model name" in line), "")
+    compiler = subprocess.run(
+        [os.environ.get("CC", "cc"), "--version"], capture_output=True, text=True, check=False
+    )
+    return {
+        "machine": f"{name or platform.processor()} ({platform.machine()})",
+        "cpu_capability": torch.backends.cpu.get_cpu_capability(),
+        "threads": torch.get_num_threads(),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "compiler": compiler.stdout.partition("\n")[0],
+        "date": datetime.now(UTC).date().isoformat(),
+    }
+
+
+def write_rows(path: Path, rows: list[dict[str, Any]]) -> None:
+    """Writes a benchmark's rows as CSV, atomically."""
+    write_text(path, pd.DataFrame(rows).to_csv(index=False, lineterminator="\n"))

@@ -1,0 +1,232 @@
+"""Runs and sweeps that are killed, fail, meet each other or a full disk; runs of two processes."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import pytest
+from filelock import FileLock
+
+from conftest import REPOSITORY
+from pnorm_decay import files, records
+from pnorm_decay.models import ResNet18
+from pnorm_decay.training import checkpoint, run
+
+TRAIN = "experiments/train.py"
+DIGITS = "experiment=demo/resnet_digits"
+SHORT = [
+    "model.width=4",
+    "trainer.epochs=null",
+    "trainer.steps=6",
+    "trainer.eval_every=3",
+    "trainer.threads=1",
+]
+TIMING = {"seconds", "finished_at"}
+
+
+@pytest.fixture
+def places(tmp_path):
+    return [f"runs_dir={tmp_path / 'runs'}", f"results_dir={tmp_path / 'results'}", "logger=none"]
+
+
+def rows(runs: Path) -> dict[str, dict[str, object]]:
+    """The records below a folder by run, without what differs between two doings of a run."""
+    found = [result["record"] for _, _, result in records.recorded_runs(runs)]
+    return {row["run_id"]: {k: v for k, v in row.items() if k not in TIMING} for row in found}
+
+
+def test_a_run_that_is_killed_at_random_ends_with_the_same_bits():
+    command = [sys.executable, str(REPOSITORY / "scripts" / "soak.py"), "--kills", "3"]
+    done = subprocess.run([*command, "--", "trainer.steps=60"], capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "3 kills" in done.stdout
+
+
+def test_a_damaged_checkpoint_costs_steps_but_not_the_result(
+    run_program, places, tmp_path, monkeypatch
+):
+    arguments = [DIGITS, *SHORT, "logger=none", "trainer.checkpoint_minutes=1e-9"]
+    assert run_program(TRAIN, *arguments, f"runs_dir={tmp_path / 'whole'}").code == 0
+    original = checkpoint.save
+
+    def save_and_stop(path: Path, state: dict) -> None:
+        original(path, state)
+        if state["step"] == 5:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(checkpoint, "save", save_and_stop)
+    assert run_program(TRAIN, *arguments, *places).code == 130
+    monkeypatch.undo()
+    (path,) = (tmp_path / "runs").glob("*/*/*/checkpoint.pt")
+    path.write_bytes(path.read_bytes()[:1000])
+    done = run_program(TRAIN, *arguments, *places)
+    assert done.code == 0, done.err
+    assert "checkpoint.pt is left out: its checksum is wrong" in done.err
+    assert rows(tmp_path / "runs") == rows(tmp_path / "whole")
+
+
+SWEEP = ["-m", DIGITS, *SHORT, "optimizer.p=0.5,1.5", "optimizer.lr=1e-3,1e-2"]
+
+
+def test_a_killed_multirun_does_only_what_is_missing_and_the_same_anywhere(
+    run_program, places, tmp_path
+):
+    longer = ["trainer.steps=40"]  # so that there is something to kill
+    two = ["hydra.launcher.n_jobs=2"]
+    command = [sys.executable, str(REPOSITORY / TRAIN), *SWEEP, *places, *longer, *two]
+    with (tmp_path / "log").open("wb") as log:
+        process = subprocess.Popen(command, stdout=log, stderr=log, start_new_session=True)
+        while not rows(tmp_path / "runs") and process.poll() is None:
+            time.sleep(0.01)
+        os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+    done_before = rows(tmp_path / "runs")
+    assert 1 <= len(done_before) < 4, (tmp_path / "log").read_text()
+
+    again = run_program(TRAIN, *SWEEP, *places, *longer, "hydra.launcher.n_jobs=1")
+    assert again.code == 0, again.err
+    assert again.err.count("already complete") == len(done_before)
+
+    # In another order, one after the other, in one process.
+    backwards = ["-m", DIGITS, *SHORT, "optimizer.p=1.5,0.5", "optimizer.lr=1e-2,1e-3"]
+    one = ["hydra.launcher.n_jobs=1", f"runs_dir={tmp_path / 'other'}", "logger=none"]
+    assert run_program(TRAIN, *backwards, *longer, *one).code == 0
+    assert rows(tmp_path / "runs") == rows(tmp_path / "other")
+
+
+def test_a_terminated_multirun_saves_in_every_worker(places, tmp_path):
+    two = ["hydra.launcher.n_jobs=2", "trainer.steps=100000", "trainer.eval_every=20"]
+    command = [sys.executable, str(REPOSITORY / TRAIN), *SWEEP, *places, *two]
+    with (tmp_path / "log").open("wb") as log:
+        process = subprocess.Popen(command, stdout=log, stderr=log, start_new_session=True)
+        while len(list((tmp_path / "runs").glob("*/*/*/metrics.csv"))) < 2:
+            assert process.poll() is None, (tmp_path / "log").read_text()
+            time.sleep(0.01)
+        process.terminate()
+        assert process.wait(30) == 130
+    states = [checkpoint.read(path) for path in (tmp_path / "runs").glob("*/*/*/checkpoint.pt")]
+    assert len(states) == 2
+    assert all(0 < state["step"] < 100000 for state in states)
+    assert "the same command goes on" in (tmp_path / "log").read_text()
+
+
+def test_a_failing_run_is_recorded_and_tried_again(run_program, places, tmp_path, monkeypatch):
+    original = ResNet18.forward
+
+    def fail_once(self, images):
+        monkeypatch.setattr(ResNet18, "forward", original)
+        raise RuntimeError("out of memory\nwith details")
+
+    monkeypatch.setattr(ResNet18, "forward", fail_once)
+    sweep = [*SWEEP, *places, "hydra.launcher.n_jobs=1"]
+    first = run_program(TRAIN, *sweep)
+    assert first.code == 2
+    assert "failed: RuntimeError: out of memory" in first.err
+    assert "failure.json" in first.err.splitlines()[-1]
+    status = [row["status"] for row in rows(tmp_path / "runs").values()]
+    assert sorted(status) == ["failed", "finished", "finished", "finished"]
+    (path,) = (tmp_path / "runs").glob("*/*/*/failure.json")
+    failure = json.loads(path.read_text())
+    assert failure["record"]["reason"] == "RuntimeError: out of memory"
+    assert "with details" in failure["traceback"]
+
+    folders = ["--runs", str(tmp_path / "runs"), "--results", str(tmp_path / "results")]
+    assert run_program("scripts/collect.py", *folders).code == 0
+    assert run_program("scripts/plot.py", *folders[2:], "--format", "png").code == 0
+    frame = records.read(tmp_path / "results" / "demo" / "resnet_digits.csv")
+    assert (frame["status"] == "failed").sum() == 1
+
+    second = run_program(TRAIN, *sweep, "skip_recorded=true")
+    assert second.code == 0, second.err
+    assert second.err.count("already complete") == 3
+    assert {row["status"] for row in rows(tmp_path / "runs").values()} == {"finished"}
+
+
+def test_a_run_is_done_once_at_a_time(run_program, places, tmp_path):
+    assert run_program(TRAIN, DIGITS, *SHORT, *places).code == 0
+    (path,) = (tmp_path / "runs").glob("*/*/*/result.json")
+    path.unlink()
+    lock = tmp_path / "runs" / run.LOCKS / path.parent.name
+    held, enough = threading.Event(), threading.Event()
+
+    def hold() -> None:
+        with FileLock(lock):
+            held.set()
+            enough.wait()
+
+    thread = threading.Thread(target=hold)
+    thread.start()
+    held.wait()
+    sweep = run_program(TRAIN, "-m", DIGITS, *SHORT, *places, "hydra.launcher.n_jobs=1")
+    assert sweep.code == 0
+    assert "left to the process that is doing it" in sweep.err
+    assert not path.exists()
+
+    threading.Timer(1.0, enough.set).start()
+    single = run_program(TRAIN, DIGITS, *SHORT, *places)
+    thread.join()
+    assert single.code == 0
+    assert "waiting for it" in single.err
+    assert path.exists()
+
+
+def test_a_full_disk_is_one_clear_line_and_loses_nothing(
+    run_program, places, tmp_path, monkeypatch
+):
+    assert run_program(TRAIN, DIGITS, *SHORT, *places).code == 0
+    before = rows(tmp_path / "runs")
+
+    def full(descriptor: int) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(files.os, "fsync", full)
+    done = run_program(TRAIN, DIGITS, *SHORT, *places, "seed=1", "trainer.checkpoint_minutes=1e-9")
+    assert done.code == 2
+    assert "error: [Errno 28] No space left on device" in done.err.splitlines()[-1]
+    monkeypatch.undo()
+    assert rows(tmp_path / "runs") == before
+
+
+def test_a_folder_that_cannot_be_written_is_one_clear_line(run_program, tmp_path):
+    (tmp_path / "file").write_text("")
+    places = [f"runs_dir={tmp_path / 'file' / 'runs'}", "logger=none"]
+    done = run_program(TRAIN, DIGITS, *SHORT, *places)
+    assert done.code == 2
+    assert "error: [Errno 20] Not a directory" in done.err
+    assert len(done.err.splitlines()) == 1
+
+
+def test_two_processes_train_as_one(places, tmp_path):
+    arguments = [
+        "experiment=demo/nanogpt_pydoc",
+        "trainer.steps=20",
+        "trainer.eval_every=10",
+        "trainer.threads=1",
+        "trainer.precision=fp32",
+        "trainer.device=cpu",
+        "logger=none",
+    ]
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    program = str(REPOSITORY / TRAIN)
+    outputs = []
+    for launcher, runs in (([sys.executable], "one"), (torchrun, "two")):
+        command = [*launcher, program, *arguments, f"runs_dir={tmp_path / runs}"]
+        done = subprocess.run(command, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        outputs.append(done.stderr)
+    (alone,), (shared,) = rows(tmp_path / "one").values(), rows(tmp_path / "two").values()
+    assert outputs[1].count("validation accuracy") == 1  # one of them speaks
+    assert shared["device"] == "2 x cpu, fp32"
+    for key in ("val_loss", "train_loss", "val_accuracy", "sparsity"):
+        assert shared[key] == pytest.approx(alone[key], rel=1e-3), key
+    other = {"device", "val_loss", "train_loss", "val_accuracy", "best_val_accuracy"}
+    other |= {"val_accuracy_zeroed", "sparsity", "zero_fraction"}
+    for key in alone.keys() - other:
+        assert shared[key] == alone[key], key
