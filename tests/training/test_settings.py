@@ -5,7 +5,7 @@ import os
 import pytest
 import torch
 
-from pnorm_decay.training.settings import ConfigError, TrainerSettings
+from pnorm_decay.training.settings import ConfigError, TrainerSettings, cores
 
 
 def test_length_in_epochs_and_in_steps():
@@ -51,11 +51,14 @@ def test_unknown_key():
         TrainerSettings.from_config({"stesp": 3})
 
 
-def test_threads_are_shared_among_workers():
-    cores = os.cpu_count() or 1
-    assert TrainerSettings(steps=1).resolve_threads(1) == cores
-    assert TrainerSettings(steps=1).resolve_threads(10 * cores) == 1
+def test_threads_are_shared_among_workers(monkeypatch):
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    assert 1 <= cores() <= (os.cpu_count() or 1)
+    assert TrainerSettings(steps=1).resolve_threads(1) == cores()
+    assert TrainerSettings(steps=1).resolve_threads(10 * cores()) == 1
     assert TrainerSettings(steps=1, threads=3).resolve_threads(2) == 3
+    monkeypatch.setenv("OMP_NUM_THREADS", "5")  # as a cluster gives them to a worker
+    assert TrainerSettings(steps=1).resolve_threads(2) == 5
 
 
 def test_precision_follows_the_hardware():

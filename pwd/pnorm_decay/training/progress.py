@@ -19,6 +19,8 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
+from pnorm_decay.training.settings import cores
+
 TOTAL = "PNORM_SWEEP_TOTAL"  # environment variables of a sweep's jobs
 START = "PNORM_SWEEP_START"
 
@@ -57,7 +59,7 @@ def sweep_workers() -> int:
     if not in_sweep():
         return 1
     workers = HydraConfig.get().launcher.get("n_jobs", 1)
-    return (os.cpu_count() or 1) if workers == -1 else max(1, workers)
+    return cores() if workers == -1 else max(1, workers)
 
 
 def sweep_position() -> str:

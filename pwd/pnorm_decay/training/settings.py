@@ -161,7 +161,14 @@ class TrainerSettings:
         """CPU threads of this process, given how many work beside each other."""
         if self.threads != "auto":
             return int(self.threads)
-        return max(1, (os.cpu_count() or 1) // workers)
+        if "OMP_NUM_THREADS" in os.environ:  # as a cluster or torchrun has decided
+            return max(1, int(os.environ["OMP_NUM_THREADS"]))
+        return max(1, cores() // workers)
+
+
+def cores() -> int:
+    """How many CPU cores this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def workers() -> int:
@@ -170,10 +177,10 @@ def workers() -> int:
     Measured on CPUs by `make bench-sweep`: single-threaded runs beside each other get more done
     than one run with all threads.
     """
-    return torch.cuda.device_count() or os.cpu_count() or 1
+    return torch.cuda.device_count() or cores()
 
 
-OmegaConf.register_new_resolver("workers", workers, replace=True)  # for configs/train.yaml
+OmegaConf.register_new_resolver("workers", workers, replace=True)  # for configs/hydra/launcher
 
 
 def bf16_is_fast(device: torch.device) -> bool:

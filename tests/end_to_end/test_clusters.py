@@ -1,0 +1,55 @@
+"""The same sweep through the launchers for clusters, on this machine."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from conftest import REPOSITORY
+
+SWEEP = [
+    "-m",
+    "experiment=demo/resnet_digits",
+    "model.width=4",
+    "trainer.epochs=null",
+    "trainer.steps=6",
+    "trainer.eval_every=3",
+    "trainer.threads=1",
+    "logger=none",
+    "optimizer.p=0.5,1.5",
+]
+LAUNCHERS = {
+    "submitit": ["hydra/launcher=submitit_local", "hydra.launcher.timeout_min=5"],
+    "ray": [
+        "hydra/launcher=ray",
+        "+hydra.launcher.ray.init.num_cpus=2",
+        "+hydra.launcher.ray.init.include_dashboard=false",
+    ],
+}
+
+
+def accuracies(runs: Path) -> dict[str, float]:
+    results = [json.loads(path.read_text()) for path in runs.glob("*/*/*/result.json")]
+    return {r["record"]["run_id"]: r["record"]["val_loss"] for r in results}
+
+
+@pytest.mark.parametrize("launcher", LAUNCHERS)
+def test_a_sweep_on_two_workers_of_a_cluster(launcher, tmp_path):
+    if importlib.util.find_spec(f"hydra_plugins.hydra_{launcher}_launcher") is None:
+        pytest.skip(f"needs the extra for {launcher} (make test-ray installs Ray's)")
+    program = str(REPOSITORY / "experiments" / "train.py")
+    environment = {**os.environ, "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0"}
+    for name, options in (("cluster", LAUNCHERS[launcher]), ("here", ["hydra/launcher=basic"])):
+        command = [sys.executable, program, *SWEEP, *options, f"runs_dir={tmp_path / name}"]
+        done = subprocess.run(
+            command, capture_output=True, text=True, env=environment, cwd=REPOSITORY
+        )
+        assert done.returncode == 0, done.stdout + done.stderr
+    assert len(accuracies(tmp_path / "here")) == 2
+    assert accuracies(tmp_path / "cluster") == accuracies(tmp_path / "here")
