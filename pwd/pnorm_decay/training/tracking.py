@@ -85,6 +85,7 @@ class Tracker:
             save_code=False,
             disable_git=True,
             disable_job_creation=True,
+            x_save_requirements=False,  # a tenth of a demo run; the lock file has them
             x_disable_stats=True,
             x_disable_machine_info=True,
         )
