@@ -115,3 +115,9 @@ def test_load_all_of_nothing_says_where_it_looked(tmp_path):
     assert experiments == []
     assert len(errors) == 1
     assert str(tmp_path / "demo") in str(errors[0])
+
+
+def test_the_note_tells_failed_runs_from_diverged_ones():
+    rows = [run(), run(lr=1e-2, accuracy=None), run(lr=1e-1, accuracy=None, status="failed")]
+    assert "3 runs (1 diverged, 1 failed), 1 seed." in experiment(rows).note
+    assert len(experiment(rows).finished) == 1

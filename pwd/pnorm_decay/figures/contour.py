@@ -77,7 +77,7 @@ def contour_figure(experiment: Experiment) -> Figure:
     """Draws Figure 4 (images) or 5 (text) of the paper.
 
     Colour is validation accuracy, one scale for all panels, whose lower end is open where runs
-    collapsed; white lines are sparsities; dots are runs, grey crosses runs that diverged. Between
+    collapsed; white lines are sparsities; dots are runs, grey crosses runs that diverged or failed. Between
     runs the colour is interpolated in log lambda_p and log lr, and never beyond them. A panel whose
     runs do not span an area shows coloured dots alone.
     """
@@ -112,7 +112,7 @@ def _key(experiment: Experiment, panels: list[Plane]) -> str:
     levels = ", ".join(f"{level:g}" for level in SPARSITY_LEVELS)
     text = f"White lines: sparsity {levels}. Dots: runs. Colour between runs is interpolated."
     if any(len(plane.diverged) for plane in panels):
-        text += " Grey crosses: runs that diverged."
+        text += " Grey crosses: runs that diverged or failed."
     runs = experiment.runs
     unplaced = int(((runs["method"] == "pwd") & (runs["lambda_p"] == 0)).sum())
     if unplaced:

@@ -49,7 +49,7 @@ class Experiment:
 
     @property
     def diverged(self) -> pd.DataFrame:
-        """The runs that ended without metrics."""
+        """The runs that ended without metrics; among them those that failed."""
         return self.runs[~is_finished(self.runs)]
 
     @property
@@ -66,11 +66,14 @@ class Experiment:
     def note(self) -> str:
         """What a reader must know of these runs to judge a figure of them, in a few sentences."""
         setting = "" if self.scale == "paper" else ", not the paper's setting"
-        diverged = f" ({len(self.diverged)} diverged)" if len(self.diverged) else ""
+        failed = int((self.runs["status"] == "failed").sum())
+        counts = {"diverged": len(self.diverged) - failed, "failed": failed}
+        ended = ", ".join(f"{count} {how}" for how, count in counts.items() if count)
+        ended = f" ({ended})" if ended else ""
         last = "epoch" if self.is_image else "evaluation"
         return (
             f"{self.name}, {self.scale} scale{setting}. Data: {self.data}. "
-            f"{_count(len(self.runs), 'run')}{diverged}, "
+            f"{_count(len(self.runs), 'run')}{ended}, "
             f"{_count(self.runs['seed'].nunique(), 'seed')}. "
             f"Accuracy is that of the last {last}; "
             "the best run is selected on the same validation data."
