@@ -77,9 +77,9 @@ def contour_figure(experiment: Experiment) -> Figure:
     """Draws Figure 4 (images) or 5 (text) of the paper.
 
     Colour is validation accuracy, one scale for all panels, whose lower end is open where runs
-    collapsed; white lines are sparsities; dots are runs, grey crosses runs that diverged or failed. Between
-    runs the colour is interpolated in log lambda_p and log lr, and never beyond them. A panel whose
-    runs do not span an area shows coloured dots alone.
+    collapsed; white lines are sparsities; dots are runs, grey crosses runs that diverged or failed.
+    Between runs the colour is interpolated in log lambda_p and log lr, and never beyond them. A
+    panel whose runs do not span an area shows coloured dots alone.
     """
     shown = on_planes(experiment)
     panels = planes(shown)
