@@ -24,9 +24,9 @@ CONFIGS = TRAIN.parents[1] / "configs"
 
 
 def sweeps_of(experiment: Path, chosen: list[str] | None) -> list[str]:
-    """The sweeps that an experiment's config lists, or those of the chosen ones."""
+    """The sweeps that an experiment's config lists, or those of them that are chosen, in order."""
     listed = list(OmegaConf.load(experiment).sweeps)
-    return [sweep for sweep in listed if chosen is None or sweep in chosen]
+    return listed if chosen is None else [sweep for sweep in chosen if sweep in listed]
 
 
 def run_sweep(scale: str, name: str, sweep: str, overrides: list[str]) -> bool:

@@ -39,7 +39,7 @@ RUN = [
     "trainer.checkpoint_minutes=1e-9",  # after every step
     "skip_recorded=false",
 ]
-TIMING = ("seconds", "finished_at")
+PROVENANCE = ("seconds", "finished_at", "commit")
 # SIGKILL most of the time: it is the one that a program cannot prepare for.
 SIGNALS = (signal.SIGKILL, signal.SIGKILL, signal.SIGKILL, signal.SIGTERM, signal.SIGINT)
 LONGEST_WAIT = 0.6  # seconds from a process's first checkpoint to its death
@@ -95,13 +95,13 @@ def kill(process: subprocess.Popen[bytes], folder: Path, draw: random.Random) ->
 
 
 def end_of(folder: Path) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
-    """A finished run's record without its timing, and its weights."""
+    """A finished run's record without when and where it was made, and its weights."""
     result = one(folder, RESULT_FILE)
     if result is None:
         sys.exit(f"a run failed; its log:\n{(folder / 'log.txt').read_text()[-2000:]}")
     record = json.loads(result.read_text())["record"]
     weights = torch.load(result.with_name("model.pt"), weights_only=True)
-    return {key: value for key, value in record.items() if key not in TIMING}, weights
+    return {key: value for key, value in record.items() if key not in PROVENANCE}, weights
 
 
 def differences(folder: Path, reference: Path) -> list[str]:
