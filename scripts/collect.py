@@ -1,4 +1,8 @@
-"""Collects finished runs into results/<scale>/<name>.csv, one row a run."""
+"""Collects finished runs into results/<scale>/<name>.csv, one row a run.
+
+Of each experiment it also keeps how the weights of one run evolved, results/<scale>/weights/: that
+of the most accurate pWD run of sparsity 0.9 or more.
+"""
 
 from __future__ import annotations
 
@@ -11,6 +15,10 @@ import pandas as pd
 from rich.console import Console
 
 from pnorm_decay import records
+from pnorm_decay.files import write_text
+from pnorm_decay.training.tracking import WEIGHTS_FILE
+
+SPARSE = 0.9
 
 console = Console(highlight=False, soft_wrap=True)
 
@@ -31,7 +39,25 @@ def collect(runs: Path, results: Path, scale: str | None) -> list[Path]:
         frame = records.write(path, pd.DataFrame(these), keep=run_scale != "demo")
         console.print(f"{path}: {len(frame)} runs, {len(these)} of them from {runs}/")
         written.append(path)
+        keep_weights(runs / run_scale / name, frame, results / run_scale / "weights")
     return written
+
+
+def keep_weights(runs: Path, frame: pd.DataFrame, folder: Path) -> None:
+    """Copies ``weights.csv`` of the experiment's best sparse run, if its folder is here.
+
+    Args:
+        runs: the folder of the experiment's run folders.
+        frame: all recorded runs of the experiment.
+        folder: where ``<experiment>.csv`` goes.
+    """
+    sparse = frame[(frame["method"] == "pwd") & (frame["sparsity"] >= SPARSE)]
+    for run_id in sparse.nlargest(1, "val_accuracy")["run_id"]:
+        path = runs / run_id / WEIGHTS_FILE
+        if path.exists():
+            weights = pd.read_csv(path)
+            weights.insert(0, "run_id", run_id)
+            write_text(folder / f"{runs.name}.csv", weights.to_csv(index=False))
 
 
 def main() -> None:

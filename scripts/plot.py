@@ -1,4 +1,4 @@
-"""Draws Figures 1-5 from recorded runs alone, into results/figures/."""
+"""Draws Figures 1-5, and one run's weights, from recorded runs alone, into results/figures/."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import matplotlib as mpl
 from matplotlib.figure import Figure
 from rich.console import Console
 
-from pnorm_decay.figures import toy
+from pnorm_decay.figures import toy, weights
 from pnorm_decay.figures.contour import contour_figure
 from pnorm_decay.figures.frontier import frontier_figure
 from pnorm_decay.figures.loading import SCALES, Experiment, load_all
@@ -77,6 +77,15 @@ def main() -> None:
         texts = [experiment for experiment in of_scale if experiment.is_text]
         draw_experiments(images, IMAGE_FIGURES, folder / scale, args.format)
         draw_experiments(texts, TEXT_FIGURES, folder / scale, args.format)
+        for experiment in of_scale:
+            path = args.results / scale / "weights" / f"{experiment.name}.csv"
+            if path.exists():
+                try:
+                    figure = weights.weights_figure(experiment, weights.read(path))
+                except RecordError as unreadable:
+                    errors.append(unreadable)
+                else:
+                    draw(figure, folder / scale / f"weights_{experiment.name}", args.format)
     for error in errors:
         console.print(f"error: {error}")
     sys.exit(2 if errors else 0)

@@ -1,4 +1,8 @@
-"""Where a run's metrics go: Weights & Biases and ``metrics.csv`` in the run folder."""
+"""Where a run's metrics go: Weights & Biases, and two CSV files in the run folder.
+
+``metrics.csv`` has a row an evaluation; ``weights.csv`` as well, with the sparsity of every layer
+(``sparsity/<layer>``) and the histogram of log10|w| (``log10/<lower edge of the bin>``).
+"""
 
 from __future__ import annotations
 
@@ -22,11 +26,12 @@ from pnorm_decay.sparsity import layer_sparsity
 from pnorm_decay.training.settings import ConfigError
 
 METRICS_FILE = "metrics.csv"
+WEIGHTS_FILE = "weights.csv"
 LOG_WEIGHT_RANGE = (-20.0, 2.0)  # of log10|w|; exact zeros and smaller weights: the first bin
 LOG_WEIGHT_BINS = 88  # four a decade
 MODES = ("offline", "online", "disabled")
 
-Row = dict[str, float | int]
+Row = dict[str, Any]  # of numbers
 
 
 def log_weight_histogram(model: nn.Module) -> tuple[np.ndarray, np.ndarray]:
@@ -41,6 +46,15 @@ def log_weight_histogram(model: nn.Module) -> tuple[np.ndarray, np.ndarray]:
         logs: Tensor = weight.detach().float().abs().log10().clamp(low, high)
         counts += torch.histc(logs, LOG_WEIGHT_BINS, low, high).double().cpu()
     return counts.long().numpy(), np.linspace(low, high, LOG_WEIGHT_BINS + 1)
+
+
+def write_csv(path: Path, rows: list[Row]) -> None:
+    """Writes rows with the same keys, atomically."""
+    text = io.StringIO()
+    writer = csv.DictWriter(text, fieldnames=list(rows[0]), lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    write_text(path, text.getvalue())
 
 
 class Tracker:
@@ -76,6 +90,7 @@ class Tracker:
         self.run_dir = run_dir
         self.enabled = enabled
         self.history: list[Row] = []
+        self._weights: list[Row] = []
         logging.getLogger("wandb").setLevel(logging.ERROR)
         Path(logger["dir"]).mkdir(parents=True, exist_ok=True)
         # Statistics, console capture and code saving cost seconds a run; a demo sweep is hundreds.
@@ -124,27 +139,35 @@ class Tracker:
         with contextlib.suppress(Exception):
             self._wandb.finish(exit_code=0 if kind is None else 1)
 
-    def restore(self, history: list[Row]) -> None:
+    def state_dict(self) -> dict[str, Any]:
+        """What a checkpoint must hold."""
+        return {"history": self.history, "weights": self._weights}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Takes up the history of a run that goes on from its checkpoint."""
-        self.history = list(history)
+        self.history, self._weights = list(state["history"]), list(state["weights"])
 
     def log(self, row: Row, model: nn.Module) -> None:
         """Logs one evaluation: the row, the sparsity of every layer, the weights' histogram."""
+        layers = layer_sparsity(model)
+        counts, edges = log_weight_histogram(model)
+        weights: Row = {"step": row["step"]}
+        weights |= {f"sparsity/{name}": value for name, value in layers.items()}
+        weights |= {
+            f"log10/{edge:g}": count
+            for edge, count in zip(edges[:-1], counts.tolist(), strict=True)
+        }
         self.history.append(row)
+        self._weights.append(weights)
         if not self.enabled:
             return
-        text = io.StringIO()
-        writer = csv.DictWriter(text, fieldnames=list(row), lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(self.history)
-        write_text(self.run_dir / METRICS_FILE, text.getvalue())
+        write_csv(self.run_dir / METRICS_FILE, self.history)
+        write_csv(self.run_dir / WEIGHTS_FILE, self._weights)
         if self._wandb.disabled:
             return
-        layers = {
-            f"weights/sparsity/{name}": value for name, value in layer_sparsity(model).items()
-        }
-        histogram = wandb.Histogram(np_histogram=log_weight_histogram(model))
-        self._wandb.log({**row, **layers, "weights/log10_abs": histogram}, step=int(row["step"]))
+        shown = {f"weights/sparsity/{name}": value for name, value in layers.items()}
+        histogram = wandb.Histogram(np_histogram=(counts, edges))
+        self._wandb.log({**row, **shown, "weights/log10_abs": histogram}, step=int(row["step"]))
 
     def summarise(self, record: Mapping[str, Any]) -> None:
         """Puts the run's record into W&B's summary."""

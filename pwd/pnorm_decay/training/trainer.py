@@ -214,6 +214,7 @@ def train(
     share = slice(accelerator.process_index, None, accelerator.num_processes)
 
     parts: dict[str, Any] = {"model": trained_model, "pruning": pruning, "optimizer": optimizer}
+    parts["tracker"] = tracker
     parts |= {f"scheduler_{number}": scheduler for number, scheduler in enumerate(schedulers)}
     if accelerator.scaler is not None:
         parts["scaler"] = accelerator.scaler
@@ -227,7 +228,6 @@ def train(
         for name, part in parts.items():
             part.load_state_dict(state[name])
         checkpoint.set_random_state(state["random"])
-        tracker.restore(state["history"])
         loss_sum.copy_(state["loss_sum"])
         step, last_evaluation = state["step"], state["last_evaluation"]
         lr, seconds_before = state["lr"], state["seconds"]
@@ -236,7 +236,7 @@ def train(
         state = {name: part.state_dict() for name, part in parts.items()}
         state |= {"step": step, "last_evaluation": last_evaluation, "lr": lr, "loss_sum": loss_sum}
         state["seconds"] = seconds_before + time.monotonic() - start
-        state |= {"random": checkpoint.random_state(), "history": tracker.history}
+        state["random"] = checkpoint.random_state()
         try:
             checkpoint.save(checkpoint_path, state)
         except OSError as error:  # a full disk must not end a run that could still finish
