@@ -56,3 +56,15 @@ def test_a_broken_result_is_named(run_program, places, tmp_path):
     done = run_program(COLLECT, *places)
     assert done.code == 2
     assert "result.json" in done.out
+
+
+def test_the_weights_of_the_best_sparse_run_are_kept(run_program, places, tmp_path):
+    for run_id, sparsity, accuracy in (("a", 0.5, 99.0), ("b", 0.95, 80.0), ("c", 0.92, 90.0)):
+        folder = finish(tmp_path, "demo", run_id)
+        row = {"run_id": run_id, "method": "pwd", "status": "finished", "sparsity": sparsity}
+        row = dict.fromkeys(COLUMNS) | row | {"val_accuracy": accuracy}
+        records.write_result(folder, {"record": row})
+        (folder / "weights.csv").write_text("step,sparsity/fc\n10,0.5\n")
+    assert run_program(COLLECT, *places).code == 0
+    kept = (tmp_path / "results" / "demo" / "weights" / "digits.csv").read_text()
+    assert kept == "run_id,step,sparsity/fc\nc,10,0.5\n"

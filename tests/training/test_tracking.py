@@ -51,6 +51,25 @@ def test_history_goes_to_csv_and_to_wandb_and_the_run_is_closed(tmp_path):
     assert summary["weights/sparsity/weight"] == 0.5
     with (tmp_path / "metrics.csv").open() as file:
         assert [line["step"] for line in csv.DictReader(file)] == ["1", "2"]
+    with (tmp_path / "weights.csv").open() as file:
+        (*_, last) = csv.DictReader(file)
+    assert (last["step"], last["sparsity/weight"]) == ("2", "0.5")
+    counts = {name: int(value) for name, value in last.items() if name.startswith("log10/")}
+    assert (len(counts), sum(counts.values())) == (88, 2)
+    assert (counts["log10/-20"], counts["log10/0"]) == (1, 1)
+
+
+def test_a_resumed_history_goes_on(tmp_path):
+    row = {"step": 1, "lr": 0.1}
+    with tracker(tmp_path, mode="disabled") as log:
+        log.log(row, model_of(0.0, 1.0))
+        state = log.state_dict()
+    with tracker(tmp_path, mode="disabled") as log:
+        log.load_state_dict(state)
+        log.log(row | {"step": 2}, model_of(0.0, 0.0))
+    for name in ("metrics.csv", "weights.csv"):
+        with (tmp_path / name).open() as file:
+            assert [line["step"] for line in csv.DictReader(file)] == ["1", "2"]
 
 
 def test_the_run_is_closed_when_training_fails(tmp_path):

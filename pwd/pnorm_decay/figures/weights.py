@@ -59,7 +59,7 @@ def weights_figure(experiment: Experiment, weights: pd.DataFrame) -> Figure:
         f"p = {run['p']:g}, $\\lambda_p$ = {run['lambda_p']:g}, lr = {run['lr']:g}, seed "
         f"{run['seed']}; accuracy {run['val_accuracy']:.2f} % at sparsity {run['sparsity']:.4f}. "
         "It is the most accurate recorded pWD run of sparsity 0.9 or more. Lowest row on the "
-        "right: exact zeros.",
+        "right: zeros, and what is smaller than that.",
     )
     return fig
 
@@ -72,7 +72,7 @@ def _draw_layers(fig: Figure, ax: Axes, steps: pd.Series, layers: pd.DataFrame) 
     ax.set_yticks(np.arange(len(names)) + 0.5, names, fontsize=5.5)
     ax.invert_yaxis()
     ax.set(xlabel="step", title="sparsity of each layer")
-    fig.colorbar(image, ax=ax, label="sparsity")
+    fig.colorbar(image, ax=[ax], label="sparsity")
 
 
 def _draw_histogram(fig: Figure, ax: Axes, steps: pd.Series, counts: pd.DataFrame) -> None:
@@ -83,7 +83,7 @@ def _draw_histogram(fig: Figure, ax: Axes, steps: pd.Series, counts: pd.DataFram
     image = ax.pcolormesh(_edges(steps), edges, np.where(share > 0, share, np.nan).T,
                           norm=LogNorm(1e-5, 1), cmap="magma_r")  # fmt: skip
     ax.set(xlabel="step", ylabel=r"$\log_{10}|w|$", title="weights by size")
-    fig.colorbar(image, ax=ax, label="share of the decayed weights")
+    fig.colorbar(image, ax=[ax], label="share of the decayed weights")
 
 
 def _edges(steps: pd.Series) -> np.ndarray:
