@@ -56,8 +56,9 @@ def keep_weights(runs: Path, frame: pd.DataFrame, folder: Path) -> None:
         path = runs / run_id / WEIGHTS_FILE
         if path.exists():
             weights = pd.read_csv(path)
-            weights.insert(0, "run_id", run_id)
-            write_text(folder / f"{runs.name}.csv", weights.to_csv(index=False))
+            owner = pd.Series(run_id, index=weights.index, name="run_id")
+            kept = pd.concat([owner, weights], axis="columns")
+            write_text(folder / f"{runs.name}.csv", kept.to_csv(index=False, lineterminator="\n"))
 
 
 def main() -> None:
