@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import os
+import re
 import time
 from collections.abc import Mapping
 from typing import Any
@@ -49,9 +51,10 @@ def in_sweep() -> bool:
     return HydraConfig.initialized() and HydraConfig.get().mode == RunMode.MULTIRUN
 
 
-def job_number() -> int:
-    """This run's place in its sweep, from 0; 0 outside sweeps."""
-    return int(HydraConfig.get().job.num) if in_sweep() else 0
+def worker_number() -> int:
+    """This process's number among a sweep's workers; 0 for a process that is none."""
+    digits = re.search(r"\d+$", multiprocessing.current_process().name)
+    return int(digits[0]) if digits else 0
 
 
 def sweep_workers() -> int:

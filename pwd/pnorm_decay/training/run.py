@@ -32,11 +32,11 @@ from pnorm_decay.training import checkpoint
 from pnorm_decay.training.progress import (
     console,
     in_sweep,
-    job_number,
     run_line,
     summary_table,
     sweep_position,
     sweep_workers,
+    worker_number,
 )
 from pnorm_decay.training.schedule import DecaySchedule, WarmupCosine
 from pnorm_decay.training.settings import ConfigError, TrainerSettings
@@ -101,7 +101,7 @@ def _run(config: dict[str, Any], name: str) -> dict[str, Any] | None:
         console.print(run_line(name, record, note=" (already complete)"))
         return record
 
-    device = settings.resolve_device(job_number())
+    device = settings.resolve_device(worker_number())
     accelerator = make_accelerator(device, settings.resolve_precision(device))
     lock = Path(config["runs_dir"]) / LOCKS / run_id
     with claimed(lock, accelerator) as is_ours:

@@ -53,6 +53,8 @@ class Outcome:
 
 def make_accelerator(device: torch.device, precision: str) -> Accelerator:
     """An Accelerator for this run, whatever an earlier run of this process asked for."""
+    if device.type == "cuda":
+        torch.cuda.set_device(device)  # the one that accelerate then takes
     AcceleratorState._reset_state(reset_partial_state=True)
     GradientState._reset_state()
     return Accelerator(cpu=device.type == "cpu", mixed_precision=ACCELERATE_PRECISION[precision])
