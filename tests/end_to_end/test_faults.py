@@ -72,6 +72,18 @@ def test_a_damaged_checkpoint_costs_steps_but_not_the_result(
     assert rows(tmp_path / "runs") == rows(tmp_path / "whole")
 
 
+def test_a_checkpoint_of_another_version_is_left_out(run_program, places, tmp_path):
+    arguments = [DIGITS, *SHORT, *places]
+    assert run_program(TRAIN, *arguments).code == 0
+    (path,) = (tmp_path / "runs").glob("*/*/*/result.json")
+    path.unlink()
+    checkpoint.save(path.with_name("checkpoint.pt"), {"step": 3})
+    done = run_program(TRAIN, *arguments)
+    assert done.code == 0, done.err
+    assert "another version wrote it" in done.err
+    assert path.exists()
+
+
 SWEEP = ["-m", DIGITS, *SHORT, "optimizer.p=0.5,1.5", "optimizer.lr=1e-3,1e-2"]
 
 

@@ -226,6 +226,9 @@ def train(
     loss_sum = torch.zeros((), device=accelerator.device)  # since the last evaluation
     checkpoint_path = run_dir / checkpoint.CHECKPOINT_FILE
     state = checkpoint.load(checkpoint_path)
+    if state is not None and not parts.keys() <= state.keys():
+        console.print(f"warning: {checkpoint_path} is left out: another version wrote it")
+        state = None
     if state is not None:
         for name, part in parts.items():
             part.load_state_dict(state[name])
