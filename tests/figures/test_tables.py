@@ -88,3 +88,9 @@ def test_a_method_whose_runs_all_diverged_is_in_table2_alone():
     lone = experiment([run(), run("l1", accuracy=None)])
     assert table1(lone)["method"].tolist() == ["pwd"]
     assert table2(lone).set_index("method")["diverged"].to_dict() == {"pwd": 0, "l1": 1}
+
+
+def test_a_target_that_is_met_to_one_weight_counts_as_met():
+    table = table1(experiment([run("magnitude", sparsity=0.899999, accuracy=70.0)]))
+    assert table["accuracy_at_0.9"].tolist() == [70.0]
+    assert math.isnan(table["accuracy_at_0.95"].item())

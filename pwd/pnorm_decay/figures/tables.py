@@ -12,14 +12,16 @@ from pnorm_decay.figures.loading import Experiment, average_seeds, by_p, is_fini
 from pnorm_decay.figures.style import method_label
 
 SPARSITIES = (0.5, 0.8, 0.9, 0.95, 0.99)
+# A target of 0.9 is met to one weight, which may leave 0.899999.
+ROUNDING = 1e-4
 
 
 def table1(experiment: Experiment) -> pd.DataFrame:
     """The best accuracy of every method and p, and the best at given sparsities.
 
     Each accuracy is the mean over the seeds of one setting of lambda_p and lr: the best setting
-    of all, or of those whose mean sparsity reaches the bound. It is selected on the data that
-    it is reported on, as in the paper.
+    of all, or of those whose mean sparsity reaches the bound to 1e-4. It is selected on the data
+    that it is reported on, as in the paper.
 
     Returns:
         One row a method and p: ``method, p, runs, seeds`` (finished ones), ``best_accuracy``,
@@ -44,7 +46,7 @@ def table1(experiment: Experiment) -> pd.DataFrame:
             "best_sparsity": best["sparsity"],
         }
         for bound in SPARSITIES:
-            top = _best(settings[settings["sparsity"] >= bound])
+            top = _best(settings[settings["sparsity"] >= bound - ROUNDING])
             row[f"accuracy_at_{bound:g}"] = top.get("val_accuracy", math.nan)
             row[f"accuracy_at_{bound:g}_std"] = top.get("val_accuracy_std", math.nan)
         rows.append(row)
