@@ -14,6 +14,14 @@ import torch
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 SHARED_DATA = Path(os.environ.get("PNORM_SHARED_DATA", REPOSITORY.parent / "shared" / "data"))
+# Overrides that make a run of experiment=demo/resnet_digits a matter of a moment.
+SHORT = [
+    "model.width=4",
+    "trainer.epochs=null",
+    "trainer.steps=6",
+    "trainer.eval_every=3",
+    "trainer.threads=1",  # the suite's processes share the cores
+]
 
 
 @pytest.fixture(autouse=True, scope="session")

@@ -14,20 +14,13 @@ from pathlib import Path
 import pytest
 from filelock import FileLock
 
-from conftest import REPOSITORY
+from conftest import REPOSITORY, SHORT
 from pnorm_decay import files, records
 from pnorm_decay.models import ResNet18
 from pnorm_decay.training import checkpoint, run
 
 TRAIN = "experiments/train.py"
 DIGITS = "experiment=demo/resnet_digits"
-SHORT = [
-    "model.width=4",
-    "trainer.epochs=null",
-    "trainer.steps=6",
-    "trainer.eval_every=3",
-    "trainer.threads=1",
-]
 TIMING = {"seconds", "finished_at"}
 
 

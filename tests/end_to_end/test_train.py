@@ -12,19 +12,12 @@ import pandas as pd
 import pytest
 import torch
 
-from conftest import REPOSITORY
+from conftest import REPOSITORY, SHORT
 from pnorm_decay import records
 from pnorm_decay.data import Digits
 
 TRAIN = "experiments/train.py"
 DIGITS = "experiment=demo/resnet_digits"
-SHORT = [
-    "model.width=4",
-    "trainer.epochs=null",
-    "trainer.steps=6",
-    "trainer.eval_every=3",
-    "trainer.threads=1",  # the suite's processes share the cores
-]
 
 
 @pytest.fixture
