@@ -34,6 +34,8 @@ data: $(READY) ## fetch CIFAR-10 and Tiny Shakespeare into data/
 sweep: $(READY) ## run what is missing of the SCALE sweeps (demo, cpu or paper) and record it
 	$(BIN)/python experiments/sweep.py $(SCALE)
 	$(BIN)/python scripts/collect.py --scale $(SCALE)
+	$(BIN)/python experiments/sweep.py $(SCALE) --repeat-best
+	$(BIN)/python scripts/collect.py --scale $(SCALE)
 
 figures: $(READY) ## draw every figure and table from results/*/*.csv
 	$(BIN)/python experiments/toy.py

@@ -2,10 +2,14 @@
 
     python experiments/sweep.py demo
     python experiments/sweep.py cpu --experiments nanogpt_shakespeare --sweeps pwd adamw
+    python experiments/sweep.py cpu --repeat-best
 
-What stands behind `--` goes to each sweep as it is, for instance `-- seed=0,1,2`. It is the same as
-one `experiments/train.py -m experiment=<scale>/<name> sweep=<sweep>` after another, in one process,
-which starts its workers once.
+--repeat-best does the best of the recorded runs again, with the seeds that the experiment's config
+names as repeat_seeds. What stands behind `--` goes to each sweep as it is, for instance
+`-- trainer.epochs=1`.
+
+It is one `experiments/train.py -m experiment=<scale>/<name> sweep=<sweep>` after another,
+in one process, which starts its workers once.
 """
 
 from __future__ import annotations
@@ -14,6 +18,7 @@ import argparse
 import runpy
 import sys
 from pathlib import Path
+from typing import Any
 
 from omegaconf import OmegaConf
 
@@ -23,10 +28,21 @@ TRAIN = Path(__file__).with_name("train.py")
 CONFIGS = TRAIN.parents[1] / "configs"
 
 
+def read(experiment: Path) -> dict[str, Any]:
+    """An experiment's config file as it stands."""
+    return OmegaConf.to_container(OmegaConf.load(experiment))  # type: ignore[return-value]
+
+
 def sweeps_of(experiment: Path, chosen: list[str] | None) -> list[str]:
     """The sweeps that an experiment's config lists, or those of them that are chosen, in order."""
-    listed = list(OmegaConf.load(experiment).sweeps)
+    listed = list(read(experiment)["sweeps"])
     return listed if chosen is None else [sweep for sweep in chosen if sweep in listed]
+
+
+def repeats_of(experiment: Path) -> list[str] | None:
+    """The overrides that repeat an experiment's best runs, None where its config names no seeds."""
+    seeds = read(experiment).get("repeat_seeds")
+    return [f"seed={seeds}", "repeat_best=true"] if seeds else None
 
 
 def run_sweep(scale: str, name: str, sweep: str, overrides: list[str]) -> bool:
@@ -56,6 +72,11 @@ def main() -> None:
         type=int,
         help="runs beside each other (default: one a GPU or, without one, one a core)",
     )
+    parser.add_argument(
+        "--repeat-best",
+        action="store_true",
+        help="only the best recorded runs, with the experiment's other seeds",
+    )
     words = sys.argv[1:]
     end = words.index("--") if "--" in words else len(words)
     arguments, overrides = parser.parse_args(words[:end]), words[end + 1 :]
@@ -66,13 +87,14 @@ def main() -> None:
     for name in wanted:
         if name not in [path.stem for path in experiments]:
             parser.error(f"--experiments {name}: not in configs/experiment/{arguments.scale}")
-    failed = [
-        f"{path.stem} {sweep}"
-        for path in experiments
-        if path.stem in wanted
-        for sweep in sweeps_of(path, arguments.sweeps)
-        if not run_sweep(arguments.scale, path.stem, sweep, overrides)
-    ]
+    failed = []
+    for path in experiments:
+        repeats = repeats_of(path) if arguments.repeat_best else []
+        if path.stem not in wanted or repeats is None:
+            continue
+        for sweep in sweeps_of(path, arguments.sweeps):
+            if not run_sweep(arguments.scale, path.stem, sweep, [*repeats, *overrides]):
+                failed.append(f"{path.stem} {sweep}")
     if failed:
         console.print("error: runs failed in", ", ".join(failed), style="red")
         sys.exit(1)

@@ -21,6 +21,7 @@ FAILURE_FILE = "failure.json"
 # Column -> pandas dtype, in the order of the CSV. Accuracies are in percent, sparsity and
 # zero_fraction fractions in [0, 1], losses in nats, seconds of wall-clock time; device with the
 # precision. status: "finished"; "diverged" or "failed", without metrics and with a reason.
+# target_sparsity: what a pruning method was asked for (OTO: of the channels).
 COLUMNS = {
     "run_id": "string",
     "method": "string",
@@ -44,6 +45,7 @@ COLUMNS = {
     "finished_at": "string",
     "status": "string",
     "reason": "string",
+    "target_sparsity": "float64",
 }
 
 
@@ -131,3 +133,51 @@ def write(path: Path, rows: pd.DataFrame, *, keep: bool = True) -> pd.DataFrame:
     frame = frame.sort_values(order, kind="stable", ignore_index=True)
     write_text(path, frame.to_csv(index=False, lineterminator="\n"))
     return frame
+
+
+# A target of 0.9 is met to one weight, which may leave 0.899999.
+ROUNDING = 1e-4
+
+# Where the best runs are repeated with other seeds, besides the best of all.
+REPEATED_AT = (0.9, 0.99)
+
+
+def best(settings: pd.DataFrame, at_least: float = 0.0) -> pd.DataFrame:
+    """The most accurate of some settings, the sparser one if two are alike.
+
+    It is the first seed that decides, so that the seeds repeated at the chosen setting have no part
+    in the choice, and that the choice does not change with them.
+
+    Args:
+        settings: with the columns ``val_accuracy_first`` and ``sparsity_first``.
+        at_least: only settings whose sparsity reaches this, to 1e-4.
+
+    Returns:
+        One row; none where no setting is sparse enough.
+    """
+    sparse = settings[settings["sparsity_first"] >= at_least - ROUNDING]
+    order = ["val_accuracy_first", "sparsity_first"]
+    return sparse.sort_values(order, ascending=False, kind="stable").head(1)
+
+
+def worth_repeating(rows: pd.DataFrame) -> set[str]:
+    """The runs of seed 0 whose settings other seeds are to repeat.
+
+    These are the best of every method; of pWD the best of every p; and of pWD and of magnitude
+    pruning, which the paper compares, also the best at each sparsity of ``REPEATED_AT``.
+
+    Args:
+        rows: recorded runs of one experiment, see ``COLUMNS``.
+
+    Returns:
+        Their run ids.
+    """
+    done = rows[(rows["status"] == "finished") & (rows["seed"] == 0)]
+    done = done.assign(val_accuracy_first=done["val_accuracy"], sparsity_first=done["sparsity"])
+    group = done["method"].mask(done["method"] == "pwd", "pwd " + done["p"].astype(str))
+    chosen: set[str] = set()
+    for _, runs in done.groupby(group):
+        compared = runs["method"].isin(["pwd", "magnitude"]).all()
+        for bound in (0.0, *REPEATED_AT) if compared else (0.0,):
+            chosen.update(best(runs, bound)["run_id"])
+    return chosen

@@ -187,6 +187,24 @@ def test_a_recorded_run_is_not_done_again(run_program, places, tmp_path):
     assert results(tmp_path) == []
 
 
+def test_repeat_best_repeats_the_best_recorded_runs_alone(run_program, places, tmp_path):
+    arguments = ["-m", DIGITS, *SHORT, *places, "logger=none", "optimizer=adamw"]
+    arguments += ["optimizer.lr=1e-3,1e-2", "skip_recorded=true"]
+    repeat = [*arguments, "seed=1,2", "repeat_best=true"]
+    nothing_yet = run_program(TRAIN, *repeat)
+    assert nothing_yet.code == 2
+    assert "no recorded runs" in nothing_yet.err
+    assert run_program(TRAIN, *arguments).code == 0
+    rows = [json.loads(path.read_text())["record"] for path in results(tmp_path)]
+    recorded = pd.DataFrame(rows)
+    records.write(tmp_path / "results" / "demo" / "resnet_digits.csv", recorded)
+    repeated = run_program(TRAIN, *repeat)
+    assert repeated.code == 0, repeated.err
+    rows = [json.loads(path.read_text())["record"] for path in results(tmp_path)]
+    best = recorded.loc[recorded["val_accuracy"].idxmax(), "lr"]
+    assert sorted((row["lr"], row["seed"]) for row in rows if row["seed"]) == [(best, 1), (best, 2)]
+
+
 @pytest.mark.parametrize(
     ("overrides", "named"),
     [

@@ -15,11 +15,7 @@ from pnorm_decay import records
 SCALES = ("demo", "cpu", "paper")
 
 # What makes two runs repetitions of each other when only their seeds differ.
-SETTING = ["method", "p", "lambda_p", "lr", "steps"]
-
-# A pruning method fixes the sparsity, which SETTING does not name: two of its runs are repetitions
-# only when they lie closer than this, in units of `nines`.
-SAME_SPARSITY = 0.01
+SETTING = ["method", "p", "lambda_p", "lr", "target_sparsity", "steps"]
 
 # Sparsities of 1 - 1e-5 and above share one place on the `nines` scale, which would be infinite.
 MOST_NINES = 5.0
@@ -143,33 +139,28 @@ def average_seeds(runs: pd.DataFrame, values: Sequence[str] = ()) -> pd.DataFram
         values: columns to average besides ``val_accuracy`` and ``sparsity``.
 
     Returns:
-        The columns of ``SETTING``; of each value the mean under its name and the sample standard
-        deviation under ``<name>_std`` (NaN for one seed); and ``seeds``, their number.
+        The columns of ``SETTING``; of each value the mean under its name, the sample standard
+        deviation under ``<name>_std`` (NaN for one seed) and what the first seed gave under
+        ``<name>_first``, for ``records.best`` to select by; and ``seeds``, their number.
     """
     values = ["val_accuracy", "sparsity", *values]
-    keyed = runs.assign(repetition=_repetitions(runs))
-    groups = keyed.groupby([*SETTING, "repetition"], dropna=False, sort=True)
-    means, spreads = groups[values].mean(), groups[values].std().add_suffix("_std")
-    averaged = pd.concat([means, spreads, groups.size().rename("seeds")], axis="columns")
-    return averaged.reset_index().drop(columns="repetition")
-
-
-def _repetitions(runs: pd.DataFrame) -> pd.Series:
-    """A number for each run, alike within a setting for those that differ in the seed alone."""
-    labels = pd.Series(0, index=runs.index)
+    # Two runs of one seed differ in something that no column tells: never average them.
+    twice = runs.duplicated([*SETTING, "seed"], keep=False)
     setting = runs.groupby(SETTING, dropna=False).ngroup()
-    ambiguous = setting[runs.duplicated([*SETTING, "seed"])].unique()
-    for number in ambiguous:
-        by_sparsity = runs[setting == number].sort_values(["sparsity", "run_id"])
-        gaps = np.diff(nines(by_sparsity["sparsity"].to_numpy()), prepend=0.0)
-        for _, members in by_sparsity.groupby(np.cumsum(gaps > SAME_SPARSITY)):
-            # Two runs of one seed differ in something that no column tells: never average them.
-            differ = members["seed"].duplicated().any()
-            labels[members.index] = labels.max() + 1 + (np.arange(len(members)) if differ else 0)
-    return labels
+    apart = setting.isin(setting[twice])
+    own = runs.groupby(SETTING, dropna=False).cumcount().where(apart, 0)
+    groups = runs.assign(own=own).sort_values("seed").groupby([*SETTING, "own"], dropna=False)
+    means, spreads = groups[values].mean(), groups[values].std().add_suffix("_std")
+    first, seeds = groups[values].first().add_suffix("_first"), groups.size().rename("seeds")
+    averaged = pd.concat([means, spreads, first, seeds], axis="columns")
+    return averaged.reset_index().drop(columns="own")
 
 
 def best_adamw(settings: pd.DataFrame) -> float | None:
-    """The highest accuracy of AdamW over its settings, or None where it was not run."""
-    adamw = settings.loc[settings["method"] == "adamw", "val_accuracy"]
-    return None if adamw.empty else float(adamw.max())
+    """The mean accuracy of AdamW's best setting, or None where it was not run.
+
+    Args:
+        settings: of ``average_seeds``.
+    """
+    best = records.best(settings[settings["method"] == "adamw"])
+    return None if best.empty else float(best["val_accuracy"].iloc[0])

@@ -70,7 +70,7 @@ def run(cfg: DictConfig) -> dict[str, Any] | None:
 
     Returns:
         The run's record, see ``records.COLUMNS``; None for a run of a sweep that another process
-        is doing.
+        is doing, and for one that ``repeat_best`` leaves out.
 
     Raises:
         ConfigError: a value is out of range or options do not go together.
@@ -96,6 +96,8 @@ def _run(config: dict[str, Any], name: str) -> dict[str, Any] | None:
     data: Dataset = build(config, "data")
     run_id = identity(config, data.label)
     run_dir = Path(config["runs_dir"]) / config["experiment_name"] / run_id
+    if config["repeat_best"] and not repeats_a_best_run(config, data.label):
+        return None
     record = finished_record(config, run_dir, run_id)
     if record is not None:
         console.print(run_line(name, record, note=" (already complete)"))
@@ -311,7 +313,7 @@ def _canonical(value: Any) -> Any:
 
 
 def hyperparameters(config: Mapping[str, Any]) -> dict[str, Any]:
-    """Method, p, lambda_p, lr and seed as records name them.
+    """Method, p, lambda_p, lr, seed and target sparsity as records name them.
 
     AdamW's decay is that of p = 2, so its weight decay stands as lambda_p. With pruning, the method
     is the pruning's, and so is p where the pruning determines it.
@@ -330,6 +332,7 @@ def hyperparameters(config: Mapping[str, Any]) -> dict[str, Any]:
         "lambda_p": float(decay),
         "lr": float(optimizer["lr"]),
         "seed": config["seed"],
+        "target_sparsity": pruning.get("sparsity"),
     }
 
 
@@ -340,6 +343,15 @@ def run_name(config: Mapping[str, Any]) -> str:
     )
     target = config["pruning"].get("sparsity")
     return name if target is None else f"{name} sparsity={target}"
+
+
+def repeats_a_best_run(config: Mapping[str, Any], label: str) -> bool:
+    """Whether the same run with seed 0 is recorded as one that is worth repeating."""
+    recorded = Path(config["results_dir"]) / f"{config['experiment_name']}.csv"
+    if not recorded.exists():
+        raise ConfigError(f"repeat_best: there are no recorded runs to repeat in {recorded}")
+    first = identity({**config, "seed": 0}, label)
+    return first in records.worth_repeating(records.read(recorded))
 
 
 def finished_record(config: Mapping[str, Any], run_dir: Path, run_id: str) -> dict[str, Any] | None:
