@@ -8,7 +8,7 @@ SCALE ?= demo
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help setup lock data sweep figures reproduce-figures bench bench-optimizer bench-training bench-sweep dashboard sync soak test test-ray lint clean
+.PHONY: help setup lock data sweep figures reproduce-figures bench bench-optimizer bench-training bench-sweep dashboard sync soak test test-ray notebooks lint clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-18s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -71,6 +71,10 @@ test: $(READY) ## run the tests
 test-ray: $(READY) ## run the tests of the cluster launchers, with Ray, which .venv then holds as well
 	VIRTUAL_ENV=.venv $(BIN)/uv pip install --quiet hydra-ray-launcher
 	$(BIN)/python -m pytest -n 0 tests/end_to_end/test_clusters.py
+
+notebooks: $(READY) ## open the notebooks in JupyterLab, which .venv then holds as well
+	VIRTUAL_ENV=.venv $(BIN)/uv pip install --quiet jupyterlab
+	$(BIN)/jupyter lab notebooks
 
 lint: $(READY) ## check style and types
 	$(BIN)/ruff check .
