@@ -162,6 +162,8 @@ def test_every_sweep_has_its_grid_in_every_experiment(run_program):
         for sweep in sweeps:
             if sweep == "oto" and path.stem.startswith("nanogpt"):
                 continue  # text models have layer norms, whose channels OTO cannot remove
+            if sweep == "points" and f"{sweep}," not in path.read_text():
+                continue  # most grids need none
             text = (REPOSITORY / "configs" / "sweep" / f"{sweep}.yaml").read_text()
             for key in [part.split("}")[0] for part in text.split("${grid.")[1:]]:
                 assert f"\n  {key}: " in grid, (path, sweep, key)
