@@ -1,7 +1,7 @@
 """Collects finished runs into results/<scale>/<name>.csv, one row a run.
 
-Of each experiment it also keeps how the weights of one run evolved, results/<scale>/weights/: that
-of the most accurate pWD run of sparsity 0.9 or more.
+Of each experiment it also keeps how the weights of some runs evolved, results/<scale>/weights/: for
+each p those of the most accurate pWD run of sparsity 0.9 or more.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ import pandas as pd
 from rich.console import Console
 
 from pnorm_decay import records
+from pnorm_decay.figures import weights
 from pnorm_decay.files import write_text
 from pnorm_decay.training.tracking import WEIGHTS_FILE
 
@@ -44,21 +45,29 @@ def collect(runs: Path, results: Path, scale: str | None) -> list[Path]:
 
 
 def keep_weights(runs: Path, frame: pd.DataFrame, folder: Path) -> None:
-    """Copies ``weights.csv`` of the experiment's best sparse run, if its folder is here.
+    """Copies ``weights.csv`` of each p's best sparse run, the most accurate run first.
 
     Args:
-        runs: the folder of the experiment's run folders.
+        runs: the folder of the experiment's run folders; of a run that is not here, what was kept
+            earlier stays.
         frame: all recorded runs of the experiment.
         folder: where ``<experiment>.csv`` goes.
     """
+    path = folder / f"{runs.name}.csv"
+    earlier = weights.read(path) if path.exists() else None
     sparse = frame[(frame["method"] == "pwd") & (frame["sparsity"] >= SPARSE)]
-    for run_id in sparse.nlargest(1, "val_accuracy")["run_id"]:
-        path = runs / run_id / WEIGHTS_FILE
-        if path.exists():
-            weights = pd.read_csv(path)
-            owner = pd.Series(run_id, index=weights.index, name="run_id")
-            kept = pd.concat([owner, weights], axis="columns")
-            write_text(folder / f"{runs.name}.csv", kept.to_csv(index=False, lineterminator="\n"))
+    ranked = sparse.sort_values("val_accuracy", ascending=False, kind="stable")
+    kept = []
+    for run_id in ranked.drop_duplicates("p")["run_id"]:
+        of_run = runs / run_id / WEIGHTS_FILE
+        if of_run.exists():
+            history = pd.read_csv(of_run)
+            owner = pd.Series(run_id, index=history.index, name="run_id")
+            kept.append(pd.concat([owner, history], axis="columns"))
+        elif earlier is not None:
+            kept.append(earlier[earlier["run_id"] == run_id])
+    if kept:
+        write_text(path, pd.concat(kept).to_csv(index=False, lineterminator="\n"))
 
 
 def main() -> None:

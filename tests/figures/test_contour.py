@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+from matplotlib.collections import PathCollection
 from matplotlib.contour import ContourSet
 
 from figures.made_up import adamw, experiment, grid, run
@@ -171,3 +172,16 @@ def test_axes_are_labelled_with_the_values_themselves():
     ax = panels(contour_figure(experiment(grid(lrs=(5e-4, 1e-3, 2e-3)))))[0]
     assert [t.get_text() for t in ax.get_yticklabels()] == ["0.0005", "0.001", "0.002"]
     assert [t.get_text() for t in ax.get_xticklabels()] == ["$10^{-4}$", "$10^{-3}$", "$10^{-2}$"]
+
+
+def test_runs_beside_the_grid_are_coloured_dots_and_bend_no_line():
+    rows = grid(p=0.5, lambdas=(1e-4, 1e-3, 1e-2), lrs=(1e-4, 1e-3, 1e-2))
+    beside = [run(p=0.5, lambda_p=3e-4, lr=1e-3, accuracy=80.0, sparsity=0.9)]
+    whole, more = (panels(contour_figure(experiment(r)))[0] for r in (rows, rows + beside))
+    dots = [found for found in more.collections if isinstance(found, PathCollection)]
+    assert np.concatenate([found.get_offsets() for found in dots]).tolist() == [
+        pytest.approx([np.log10(3e-4), -3])
+    ]
+    (straight,), (same,) = (contours(ax, filled=False) for ax in (whole, more))
+    for before, after in zip(straight.allsegs, same.allsegs, strict=True):
+        assert np.allclose(np.concatenate(before), np.concatenate(after))

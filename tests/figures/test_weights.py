@@ -18,12 +18,24 @@ def history(run_id):
 def test_a_layer_a_row_and_a_column_an_evaluation():
     row = run(sparsity=0.95, accuracy=88.0)
     fig = weights_figure(experiment([row]), history(row["run_id"]))
-    left, right = fig.axes[:2]
+    left, middle, right = fig.axes[:3]
     assert [label.get_text() for label in left.get_yticklabels()] == ["a"]
+    assert middle.collections[0].get_array().ravel().tolist() == [0.9]
     assert left.collections[0].get_array().ravel().tolist() == [0.1, 0.9]
     assert right.get_ylim() == (-20, -19.25)
     note = " ".join(fig.texts[-1].get_text().split())
     assert "accuracy 88.00 % at sparsity 0.9500" in note
+
+
+def test_a_column_for_the_end_of_each_run_by_rising_p():
+    rows = [run(p=0.8), run(p=0.5)]
+    histories = [history(row["run_id"]) for row in rows]
+    histories[1]["sparsity/a.weight"] = [0.2, 0.7]
+    fig = weights_figure(experiment(rows), pd.concat(histories, ignore_index=True))
+    left, middle = fig.axes[:2]
+    assert left.collections[0].get_array().ravel().tolist() == [0.1, 0.9]  # the first run's
+    assert middle.collections[0].get_array().ravel().tolist() == [0.7, 0.9]
+    assert [label.get_text() for label in middle.get_xticklabels()] == ["0.5", "0.8"]
 
 
 def test_a_run_that_is_not_recorded_is_refused():

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import shutil
+
 import pytest
 
 from pnorm_decay import records
@@ -58,13 +60,24 @@ def test_a_broken_result_is_named(run_program, places, tmp_path):
     assert "result.json" in done.out
 
 
-def test_the_weights_of_the_best_sparse_run_are_kept(run_program, places, tmp_path):
-    for run_id, sparsity, accuracy in (("a", 0.5, 99.0), ("b", 0.95, 80.0), ("c", 0.92, 90.0)):
-        folder = finish(tmp_path, "demo", run_id)
-        row = {"run_id": run_id, "method": "pwd", "status": "finished", "sparsity": sparsity}
-        row = dict.fromkeys(COLUMNS) | row | {"val_accuracy": accuracy}
-        records.write_result(folder, {"record": row})
-        (folder / "weights.csv").write_text("step,sparsity/fc\n10,0.5\n")
+def sparse_run(tmp_path, run_id, p, sparsity, accuracy):
+    folder = finish(tmp_path, "cpu", run_id)
+    row = {"run_id": run_id, "method": "pwd", "status": "finished", "p": p, "sparsity": sparsity}
+    row = dict.fromkeys(COLUMNS) | row | {"val_accuracy": accuracy}
+    records.write_result(folder, {"record": row})
+    (folder / "weights.csv").write_text("step,sparsity/fc\n10,0.5\n")
+    return folder
+
+
+def test_the_weights_of_the_best_sparse_run_of_each_p_are_kept(run_program, places, tmp_path):
+    sparse_run(tmp_path, "a", 0.5, 0.5, 99.0)
+    sparse_run(tmp_path, "b", 0.5, 0.95, 80.0)
+    elsewhere = sparse_run(tmp_path, "c", 0.5, 0.92, 85.0)
+    sparse_run(tmp_path, "d", 1.0, 0.92, 90.0)
+    kept = tmp_path / "results" / "cpu" / "weights" / "digits.csv"
+    expected = "run_id,step,sparsity/fc\nd,10,0.5\nc,10,0.5\n"
     assert run_program(COLLECT, *places).code == 0
-    kept = (tmp_path / "results" / "demo" / "weights" / "digits.csv").read_text()
-    assert kept == "run_id,step,sparsity/fc\nc,10,0.5\n"
+    assert kept.read_text() == expected
+    shutil.rmtree(elsewhere)  # the next machine does not have it
+    assert run_program(COLLECT, *places).code == 0
+    assert kept.read_text() == expected

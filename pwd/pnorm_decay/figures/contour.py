@@ -78,8 +78,8 @@ def contour_figure(experiment: Experiment) -> Figure:
 
     Colour is validation accuracy, one scale for all panels, whose lower end is open where runs
     collapsed; white lines are sparsities; dots are runs, grey crosses runs that diverged or failed.
-    Between runs the colour is interpolated in log lambda_p and log lr, and never beyond them. A
-    panel whose runs do not span an area shows coloured dots alone.
+    Between runs the colour is interpolated in log lambda_p and log lr, and never beyond them. Runs
+    beside the grid, and a panel's whose runs do not span an area, are coloured dots.
     """
     shown = on_planes(experiment)
     panels = planes(shown)
@@ -145,12 +145,18 @@ def _draw_plane(ax: Axes, plane: Plane, norm: BoundaryNorm) -> None:
     _log_axis(ax, "x", np.append(x, crossed_x))
     _log_axis(ax, "y", np.append(y, crossed_y))
     look: dict[str, Any] = {"norm": norm, "cmap": _ACCURACY_COLORS}
-    if _spans_an_area(x, y):
-        _fill(ax, x, y, accuracy, levels=norm.boundaries, extend=norm.extend, **look)
-        ax.plot(x, y, "o", color="black", markersize=1.6, markeredgewidth=0, label="runs")
-        _draw_sparsity(ax, x, y, plane.settings["sparsity"].to_numpy(dtype=float))
+    grid = _in_the_grid(x, y)
+    if _spans_an_area(x[grid], y[grid]):
+        _fill(ax, x[grid], y[grid], accuracy[grid],
+              levels=norm.boundaries, extend=norm.extend, **look)  # fmt: skip
+        ax.plot(x[grid], y[grid], "o", color="black", markersize=1.6, markeredgewidth=0,
+                label="runs")  # fmt: skip
+        sparsity = plane.settings["sparsity"].to_numpy(dtype=float)
+        _draw_sparsity(ax, x[grid], y[grid], sparsity[grid])
     else:
-        ax.scatter(x, y, c=accuracy, s=28, edgecolors="black", linewidths=0.4, label="runs", **look)
+        grid[:] = False
+    ax.scatter(x[~grid], y[~grid], c=accuracy[~grid], s=28, edgecolors="black", linewidths=0.4,
+               label="runs", **look)  # fmt: skip
     crosses = ax.plot(crossed_x, crossed_y, "x", color="#707070", markersize=4.5, label="diverged")
     crosses[0].set_path_effects([withStroke(linewidth=2.2, foreground="white")])
 
@@ -158,6 +164,22 @@ def _draw_plane(ax: Axes, plane: Plane, norm: BoundaryNorm) -> None:
 def _place(runs: pd.DataFrame) -> tuple[Array, Array]:
     """Where runs lie on the plane: log10 of lambda_p and of lr."""
     return np.log10(runs["lambda_p"].to_numpy(float)), np.log10(runs["lr"].to_numpy(float))
+
+
+def _in_the_grid(x: Array, y: Array) -> NDArray[np.bool_]:
+    """Which points lie in columns and rows that are at least half full.
+
+    The others lie beside the grid: triangles out to them would be long, and their contours wrong.
+    """
+    inside = np.full(len(x), True)
+    while True:
+        in_column = ((x[:, None] == x) & inside).sum(axis=1)
+        in_row = ((y[:, None] == y) & inside).sum(axis=1)
+        columns, rows = len(np.unique(x[inside])), len(np.unique(y[inside]))
+        full = inside & (2 * in_column >= rows) & (2 * in_row >= columns)
+        if (full == inside).all():
+            return inside
+        inside = full
 
 
 def _spans_an_area(x: Array, y: Array) -> bool:

@@ -1,4 +1,4 @@
-"""Where the zeros of one run are, and how its weights got there."""
+"""Where the zeros of sparse runs are, and how the weights of one of them got there."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
+from matplotlib.collections import QuadMesh
 from matplotlib.colors import LogNorm
 from matplotlib.figure import Figure
 
@@ -16,7 +17,7 @@ from pnorm_decay.records import RecordError
 
 
 def read(path: Path) -> pd.DataFrame:
-    """Reads what ``scripts/collect.py`` kept of a run's ``weights.csv``.
+    """Reads what ``scripts/collect.py`` kept of some runs' ``weights.csv``.
 
     Raises:
         RecordError: the file cannot be read or is not of that kind.
@@ -34,45 +35,56 @@ def read(path: Path) -> pd.DataFrame:
 def weights_figure(experiment: Experiment, weights: pd.DataFrame) -> Figure:
     """Draws the sparsity of every layer and the histogram of log10|w| during one run.
 
+    That run is the first of ``weights``. Between them stands the sparsity of every layer at the end
+    of each run, a column a run, by rising p.
+
     Args:
-        experiment: the experiment of the run.
+        experiment: the experiment of the runs.
         weights: what ``read`` gave.
 
     Raises:
-        RecordError: the run is not among the experiment's.
+        RecordError: a run is not among the experiment's.
     """
-    run_id = weights["run_id"].iloc[0]
-    rows = experiment.runs[experiment.runs["run_id"] == run_id]
-    if rows.empty:
-        raise RecordError(f"{experiment.name} has no run {run_id}, whose weights are recorded")
-    run = rows.iloc[0]
+    runs = experiment.runs.set_index("run_id")
+    ids = weights["run_id"].drop_duplicates().tolist()
+    for run_id in ids:
+        if run_id not in runs.index:
+            raise RecordError(f"{experiment.name} has no run {run_id}, whose weights are recorded")
+    run, history = runs.loc[ids[0]], weights[weights["run_id"] == ids[0]]
     layers = weights.filter(regex="^sparsity/").rename(columns=lambda name: name[9:])
-    counts = weights.filter(regex="^log10/")
+    final = layers.groupby(weights["run_id"]).last()
+    norms = runs.loc[ids, "p"].sort_values()
 
     fig = Figure(figsize=(WIDTH, max(2.8, 0.6 + 0.14 * layers.shape[1])))
-    left, right = fig.subplots(1, 2, width_ratios=(1.1, 1))
-    _draw_layers(fig, left, weights["step"], layers)
-    _draw_histogram(fig, right, weights["step"], counts)
+    ratios = (1, 0.1 + 0.11 * len(ids), 0.9)
+    left, middle, right = fig.subplots(1, 3, width_ratios=ratios)
+    names = [name.removesuffix(".weight") for name in layers.columns]
+    image = _draw_layers(left, _edges(history["step"]), layers.loc[history.index])
+    left.set_yticks(np.arange(len(names)) + 0.5, names, fontsize=5.5)
+    left.set(xlabel="step", title="sparsity of each layer")
+    _draw_layers(middle, np.arange(len(ids) + 1.0), final.loc[norms.index])
+    middle.set_yticks([])
+    middle.set_xticks(np.arange(len(ids)) + 0.5, [f"{p:g}" for p in norms])
+    middle.set(xlabel="p", title="at the end")
+    fig.colorbar(image, ax=[left, middle], label="sparsity")
+    _draw_histogram(fig, right, history["step"], history.filter(regex="^log10/"))
     finish(
         fig,
-        f"{experiment.name}, {experiment.scale} scale. Data: {experiment.data}. One pWD run: "
-        f"p = {run['p']:g}, $\\lambda_p$ = {run['lambda_p']:g}, lr = {run['lr']:g}, seed "
+        f"{experiment.name}, {experiment.scale} scale. Data: {experiment.data}. Of each p the most "
+        "accurate recorded pWD run of sparsity 0.9 or more. Left and right the most accurate of "
+        f"these: p = {run['p']:g}, $\\lambda_p$ = {run['lambda_p']:g}, lr = {run['lr']:g}, seed "
         f"{run['seed']}; accuracy {run['val_accuracy']:.2f} % at sparsity {run['sparsity']:.4f}. "
-        "It is the most accurate recorded pWD run of sparsity 0.9 or more. Lowest row on the "
-        "right: zeros, and what is smaller than that.",
+        "Lowest row on the right: zeros, and what is smaller than that.",
     )
     return fig
 
 
-def _draw_layers(fig: Figure, ax: Axes, steps: pd.Series, layers: pd.DataFrame) -> None:
-    """Layers from input to output, downwards, over the steps."""
-    names = [name.removesuffix(".weight") for name in layers.columns]
-    image = ax.pcolormesh(_edges(steps), np.arange(len(names) + 1), layers.to_numpy().T,
-                          vmin=0, vmax=1, cmap="viridis")  # fmt: skip
-    ax.set_yticks(np.arange(len(names)) + 0.5, names, fontsize=5.5)
+def _draw_layers(ax: Axes, edges: np.ndarray, sparsities: pd.DataFrame) -> QuadMesh:
+    """Layers from input to output, downwards; a column a row of ``sparsities``."""
+    rows = np.arange(sparsities.shape[1] + 1)
+    image = ax.pcolormesh(edges, rows, sparsities.to_numpy().T, vmin=0, vmax=1, cmap="viridis")
     ax.invert_yaxis()
-    ax.set(xlabel="step", title="sparsity of each layer")
-    fig.colorbar(image, ax=[ax], label="sparsity")
+    return image
 
 
 def _draw_histogram(fig: Figure, ax: Axes, steps: pd.Series, counts: pd.DataFrame) -> None:
