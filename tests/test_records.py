@@ -100,6 +100,7 @@ def test_worth_repeating():
         run("adamw", lr=1e-2, accuracy=93.0, sparsity=0.0),
         run("adamw", lr=1e-2, accuracy=99.0, sparsity=0.0, seed=1),
         run(p=0.5, accuracy=93.0, sparsity=0.2, run_id="best of 0.5"),
+        run(p=0.5, accuracy=91.0, sparsity=0.82, run_id="0.5 at 0.8"),
         run(p=0.5, accuracy=90.0, sparsity=0.92, run_id="0.5 at 0.9"),
         run(p=0.5, accuracy=89.0, sparsity=0.93),
         run(p=0.5, accuracy=70.0, sparsity=0.999, run_id="0.5 at 0.99"),
@@ -108,7 +109,7 @@ def test_worth_repeating():
         run("magnitude", accuracy=92.0, sparsity=0.5, run_id="best of magnitude"),
         run("magnitude", accuracy=80.0, sparsity=0.899999, run_id="magnitude at 0.9"),
         run("l1", accuracy=92.0, sparsity=0.1, run_id="best of l1"),
-        run("l1", accuracy=82.0, sparsity=0.95),
+        run("l1", accuracy=82.0, sparsity=0.95, run_id="l1 at 0.8 and 0.9"),
     ]
     named = {row["run_id"] for row in rows if not row["run_id"].startswith("run")}
     assert records.worth_repeating(frame(rows)) == named
