@@ -78,7 +78,7 @@ def test_note_says_what_a_reader_must_know():
     assert "resnet_digits, demo scale, not the paper's setting" in note
     assert "Data: made-up digits." in note
     assert "3 runs (1 diverged), 2 seeds" in note
-    assert "selected on the same validation data" in note
+    assert "selected on the same validation data, by its first seed." in note
 
 
 def test_note_at_paper_scale_makes_no_excuse():

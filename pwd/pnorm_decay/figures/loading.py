@@ -67,12 +67,14 @@ class Experiment:
         ended = ", ".join(f"{count} {how}" for how, count in counts.items() if count)
         ended = f" ({ended})" if ended else ""
         last = "epoch" if self.is_image else "evaluation"
+        seeds = self.runs["seed"].nunique()
+        by_seed = ", by its first seed" if seeds > 1 else ""
         return (
             f"{self.name}, {self.scale} scale{setting}. Data: {self.data}. "
             f"{_count(len(self.runs), 'run')}{ended}, "
-            f"{_count(self.runs['seed'].nunique(), 'seed')}. "
+            f"{_count(seeds, 'seed')}. "
             f"Accuracy is that of the last {last}; "
-            "the best run is selected on the same validation data."
+            f"the best run is selected on the same validation data{by_seed}."
         )
 
 
