@@ -96,7 +96,11 @@ def test_only_matrices_are_decayed():
         "lambda_p": 0.5,
         "lr": 1e-3,
         "seed": 3,
+        "target_sparsity": None,
     }
+    magnitude = {"_target_": "pnorm_decay.baselines.MagnitudePruning", "name": "magnitude"}
+    pruned = hyperparameters(changed(optimizer=adamw, pruning={**magnitude, "sparsity": 0.9}))
+    assert (pruned["method"], pruned["target_sparsity"]) == ("magnitude", 0.9)
 
 
 def test_a_bad_option_names_the_group():
