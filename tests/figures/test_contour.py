@@ -185,3 +185,10 @@ def test_runs_beside_the_grid_are_coloured_dots_and_bend_no_line():
     (straight,), (same,) = (contours(ax, filled=False) for ax in (whole, more))
     for before, after in zip(straight.allsegs, same.allsegs, strict=True):
         assert np.allclose(np.concatenate(before), np.concatenate(after))
+
+
+def test_the_title_has_the_mean_of_the_setting_that_the_first_seed_chooses():
+    rows = [run(seed=seed, accuracy=accuracy) for seed, accuracy in enumerate((95.0, 91.0))]
+    rows.append(run(lr=1e-2, accuracy=94.0))
+    (panel,) = panels(contour_figure(experiment(rows)))
+    assert panel.get_title() == "p = 0.5, best 93.0%"

@@ -18,6 +18,7 @@ from matplotlib.ticker import FixedLocator, MaxNLocator
 from matplotlib.tri import Triangulation
 from numpy.typing import NDArray
 
+from pnorm_decay import records
 from pnorm_decay.figures.loading import Experiment, average_seeds, by_p
 from pnorm_decay.figures.style import WIDTH, accuracy_floor, finish, styled
 
@@ -139,7 +140,8 @@ def _draw_plane(ax: Axes, plane: Plane, norm: BoundaryNorm) -> None:
     x, y = _place(plane.settings)
     crossed_x, crossed_y = _place(plane.diverged)
     accuracy = plane.settings["val_accuracy"].to_numpy(dtype=float)
-    best = f"best {accuracy.max():.1f}%" if len(accuracy) else "all diverged"
+    chosen = records.best(plane.settings)["val_accuracy"]
+    best = f"best {chosen.iloc[0]:.1f}%" if len(chosen) else "all diverged"
     ax.set_title(f"{plane.title}, {best}", pad=4)
     ax.spines[["top", "right"]].set_visible(True)
     _log_axis(ax, "x", np.append(x, crossed_x))

@@ -58,7 +58,8 @@ def frontier_figure(experiment: Experiment) -> Figure:
 
     Left: a point a setting of (p, lambda_p, lr), averaged over its seeds, with a line along the
     Pareto front of each p; AdamW's best accuracy as a dashed line; other methods by marker. Right:
-    for each p and each other method the best ``trade_off`` over all settings, before all of them.
+    for each p and each other method the best ``trade_off`` over all settings (by the first seed),
+    before all of them.
     Without an AdamW run, accuracy is relative to the best of all runs, and the note says so.
     """
     runs = experiment.finished
@@ -192,7 +193,7 @@ def _draw_trade_off(ax: Axes, norms: list[Family], others: list[Family]) -> None
             markersize=8,
             alpha=0.35,
         )
-        best = points.nlargest(1, "trade_off")
+        best = points.nlargest(1, "trade_off_first")
         spread = best["trade_off_std"].fillna(0.0)
         ax.errorbar([x], best["trade_off"], yerr=spread, capsize=2, zorder=3, **style.artist())
     ax.grid(True, axis="y")
