@@ -71,7 +71,8 @@ def sweep_position() -> str:
         return ""
     done, total = HydraConfig.get().job.num + 1, int(os.environ[TOTAL])
     left = (time.time() - float(os.environ[START])) / done * (total - done)
-    return f"[{done}/{total}, {left // 60:.0f}:{left % 60:02.0f} left] "
+    minutes, seconds = divmod(round(left), 60)
+    return f"[{done}/{total}, {minutes}:{seconds:02} left] "
 
 
 def run_line(name: str, record: Mapping[str, Any], note: str = "") -> str:
