@@ -6,6 +6,7 @@ import multiprocessing
 import os
 import re
 import time
+import warnings
 from collections.abc import Mapping
 from typing import Any
 
@@ -33,6 +34,8 @@ class SweepProgress(Callback):
     """Tells a sweep's jobs how many they are, which Hydra does not."""
 
     def on_multirun_start(self, config: DictConfig, **kwargs: Any) -> None:
+        # joblib starts a worker anew once the data of a run stay in its memory; no job is lost.
+        warnings.filterwarnings("ignore", "A worker stopped while some jobs were given")
         params = config.hydra.sweeper.get("params") or {}
         overrides = [f"{key}={value}" for key, value in params.items()]
         overrides += config.hydra.overrides.task
