@@ -5,7 +5,6 @@ from __future__ import annotations
 import multiprocessing
 import os
 import re
-import time
 import warnings
 from collections.abc import Mapping
 from typing import Any
@@ -24,8 +23,7 @@ from rich.table import Table
 
 from pnorm_decay.training.settings import cores
 
-TOTAL = "PNORM_SWEEP_TOTAL"  # environment variables of a sweep's jobs
-START = "PNORM_SWEEP_START"
+TOTAL = "PNORM_SWEEP_TOTAL"  # environment variable of a sweep's jobs
 
 console = Console(stderr=True, highlight=False, soft_wrap=True, markup=False)
 
@@ -44,8 +42,7 @@ class SweepProgress(Callback):
         # Hydra hands these on to every job, also in workers that an earlier sweep has started.
         with read_write(config.hydra.overrides):
             config.hydra.overrides.hydra += [
-                f"+hydra.job.env_set.{TOTAL}='{total}'",
-                f"+hydra.job.env_set.{START}='{time.time()}'",
+                f"+hydra.job.env_set.{TOTAL}='{total}'"
             ]
 
 
@@ -68,22 +65,31 @@ def sweep_workers() -> int:
     return cores() if workers == -1 else max(1, workers)
 
 
-def sweep_position() -> str:
-    """This run's place in its sweep and the time that is left, as "[3/60, 2:10 left] "."""
+def sweep_position(run_seconds: float | None = None) -> str:
+    """This run's place in its sweep, as "[3/60, 2:10 left] ".
+
+    Args:
+        run_seconds: what this run took; if given, the time that the runs after it will take if
+            they are like it. (Not the time since the sweep began: that says little where some of
+            its runs were complete already.)
+    """
     if not in_sweep() or TOTAL not in os.environ:
         return ""
     done, total = HydraConfig.get().job.num + 1, int(os.environ[TOTAL])
-    left = (time.time() - float(os.environ[START])) / done * (total - done)
-    minutes, seconds = divmod(round(left), 60)
+    if run_seconds is None:
+        return f"[{done}/{total}] "
+    minutes, seconds = divmod(round(run_seconds * (total - done) / sweep_workers()), 60)
     return f"[{done}/{total}, {minutes}:{seconds:02} left] "
 
 
-def run_line(name: str, record: Mapping[str, Any], note: str = "") -> str:
-    """One line on a finished run."""
+def run_line(name: str, record: Mapping[str, Any], already_complete: bool = False) -> str:
+    """One line on a run of which there is a record."""
+    position = sweep_position(None if already_complete else record["seconds"])
+    note = " (already complete)" if already_complete else ""
     if record["status"] != "finished":
-        return f"{sweep_position()}{name}: {record['status']}, {record['reason']}{note}"
+        return f"{position}{name}: {record['status']}, {record['reason']}{note}"
     return (
-        f"{sweep_position()}{name}: accuracy {record['val_accuracy']:.2f} %, "
+        f"{position}{name}: accuracy {record['val_accuracy']:.2f} %, "
         f"sparsity {record['sparsity']:.4f}, {record['seconds']:.1f} s{note}"
     )
 

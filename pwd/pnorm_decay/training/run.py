@@ -100,7 +100,7 @@ def _run(config: dict[str, Any], name: str) -> dict[str, Any] | None:
         return None
     record = finished_record(config, run_dir, run_id)
     if record is not None:
-        console.print(run_line(name, record, note=" (already complete)"))
+        console.print(run_line(name, record, already_complete=True))
         return record
 
     device = settings.resolve_device(worker_number())
