@@ -106,7 +106,8 @@ def test_two_by_two_multirun_on_two_workers_then_records_and_figures(run_program
     second = run_program(TRAIN, *sweep, "hydra.launcher.n_jobs=1")
     assert second.code == 0, second.err
     assert second.err.count("already complete") == 4
-    assert "[3/4] " in second.err and "left]" not in second.err
+    assert "[3/4] " in second.err
+    assert "left]" not in second.err
     assert [path.stat().st_mtime_ns for path in results(tmp_path)] == written
 
     folders = ["--runs", str(tmp_path / "runs"), "--results", str(tmp_path / "results")]
