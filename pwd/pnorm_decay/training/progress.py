@@ -39,11 +39,9 @@ class SweepProgress(Callback):
         overrides += config.hydra.overrides.task
         parsed = OverridesParser.create().parse_overrides(overrides)
         total = len(BasicSweeper.split_arguments(parsed, None)[0])
-        # Hydra hands these on to every job, also in workers that an earlier sweep has started.
+        # Hydra hands this on to every job, also in workers that an earlier sweep has started.
         with read_write(config.hydra.overrides):
-            config.hydra.overrides.hydra += [
-                f"+hydra.job.env_set.{TOTAL}='{total}'"
-            ]
+            config.hydra.overrides.hydra += [f"+hydra.job.env_set.{TOTAL}='{total}'"]
 
 
 def in_sweep() -> bool:
