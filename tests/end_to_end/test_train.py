@@ -202,6 +202,7 @@ def test_repeat_best_repeats_the_best_recorded_runs_alone(run_program, places, t
     records.write(tmp_path / "results" / "demo" / "resnet_digits.csv", recorded)
     repeated = run_program(TRAIN, *repeat)
     assert repeated.code == 0, repeated.err
+    assert "left]" not in repeated.err  # two of the four jobs were skipped
     rows = [json.loads(path.read_text())["record"] for path in results(tmp_path)]
     best = recorded.loc[recorded["val_accuracy"].idxmax(), "lr"]
     assert sorted((row["lr"], row["seed"]) for row in rows if row["seed"]) == [(best, 1), (best, 2)]

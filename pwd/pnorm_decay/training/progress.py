@@ -80,9 +80,23 @@ def sweep_position(run_seconds: float | None = None) -> str:
     return f"[{done}/{total}, {minutes}:{seconds:02} left] "
 
 
-def run_line(name: str, record: Mapping[str, Any], already_complete: bool = False) -> str:
-    """One line on a run of which there is a record."""
-    position = sweep_position(None if already_complete else record["seconds"])
+def run_line(
+    name: str,
+    record: Mapping[str, Any],
+    *,
+    already_complete: bool = False,
+    runs_after_it: bool = True,
+) -> str:
+    """One line on a run of which there is a record.
+
+    Args:
+        name: the run's name.
+        record: its record, see ``records.COLUMNS``.
+        already_complete: it took none of this sweep's time.
+        runs_after_it: the sweep's other jobs are runs too, so that the time left can be told.
+    """
+    tell_time = runs_after_it and not already_complete
+    position = sweep_position(record["seconds"] if tell_time else None)
     note = " (already complete)" if already_complete else ""
     if record["status"] != "finished":
         return f"{position}{name}: {record['status']}, {record['reason']}{note}"

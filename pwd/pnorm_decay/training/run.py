@@ -189,7 +189,8 @@ def do(
         records.write_result(run_dir, result)
         checkpoint.remove(run_dir / checkpoint.CHECKPOINT_FILE)
         if in_sweep():
-            console.print(run_line(name, record))
+            # Most jobs of a repeat_best sweep leave their run out.
+            console.print(run_line(name, record, runs_after_it=not config["repeat_best"]))
         else:
             console.print(summary_table(name, record, run_dir))
     return record
