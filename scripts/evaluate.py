@@ -1,0 +1,137 @@
+"""Evaluates the saved networks of finished runs again, in fp32 unless told otherwise.
+
+    python scripts/evaluate.py
+    python scripts/evaluate.py 56ad96ff82f3 --precision bf16
+
+A run evaluates in the precision that it trains in, bf16 where that is fast. How much of a result
+lies in the rounding stands in results/<scale>/evaluation/<name>.csv: val_loss in nats and
+val_accuracy in percent of each network in each precision. What stands there is not done again.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from pickle import UnpicklingError
+from typing import Any
+
+import pandas as pd
+import torch
+from rich.console import Console
+from rich.progress import track
+from torch import nn
+
+from pnorm_decay import records
+from pnorm_decay.data import DataError, Dataset
+from pnorm_decay.files import write_text
+from pnorm_decay.training.run import MODEL_FILE, build, run_name
+from pnorm_decay.training.settings import ConfigError, TrainerSettings
+from pnorm_decay.training.trainer import evaluate, make_accelerator, prepare_process
+
+COLUMNS = ["run_id", "precision", "val_loss", "val_accuracy"]
+
+console = Console(highlight=False, soft_wrap=True, markup=False)
+
+
+def saved_networks(
+    runs: Path, results: Path, chosen: list[str]
+) -> Iterator[tuple[Path, Path, dict[str, Any]]]:
+    """(network, CSV file, result) of every finished run, or of those chosen by their run_id."""
+    for scale, name, result in records.recorded_runs(runs):
+        run_id = result["record"]["run_id"]
+        network = runs / scale / name / run_id / MODEL_FILE
+        if network.exists() and (not chosen or run_id in chosen):
+            yield network, results / scale / "evaluation" / f"{name}.csv", result
+
+
+def evaluate_saved(
+    network: Path, result: dict[str, Any], device: torch.device, precision: str
+) -> tuple[float, float]:
+    """Validation loss (nats) and accuracy (percent) of a run's saved network.
+
+    Raises:
+        DataError: the data set is missing, or not the one that the run was evaluated on.
+        ConfigError: the run's config is not one that this version understands.
+    """
+    config = result["config"]
+    settings = TrainerSettings.from_config(config["trainer"])
+    accelerator = make_accelerator(device, precision)
+    prepare_process(torch.get_num_threads())
+    data: Dataset = build(config, "data")
+    if data.label != result["record"]["data"]:
+        was = result["record"]["data"]
+        raise DataError(f"{network} was evaluated on {was}, the configured data are {data.label}")
+    data.setup(accelerator.device)
+    model: nn.Module = build(config, "model", **data.model_args)
+    try:
+        model.load_state_dict(torch.load(network, map_location="cpu", weights_only=True))
+    except (RuntimeError, UnpicklingError) as error:
+        raise ConfigError(f"{network} is damaged or of another model") from error
+    if settings.channels_last:
+        model = model.to(memory_format=torch.channels_last)
+    return evaluate(accelerator.prepare(model), data, settings, accelerator)
+
+
+def recorded(path: Path) -> pd.DataFrame:
+    """The evaluations that a CSV file holds, none where there is no file."""
+    if not path.exists():
+        return pd.DataFrame(columns=COLUMNS)
+    return pd.read_csv(path, dtype={"run_id": str})
+
+
+def record(path: Path, row: dict[str, Any]) -> None:
+    """Adds an evaluation to a CSV file."""
+    rows = (
+        pd.concat([recorded(path), pd.DataFrame([row])]) if path.exists() else pd.DataFrame([row])
+    )
+    rows = rows.sort_values(["run_id", "precision"], ignore_index=True)
+    write_text(path, rows.to_csv(index=False, lineterminator="\n"))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("run_ids", nargs="*", metavar="RUN_ID", help="only these (default: all)")
+    parser.add_argument("--runs", type=Path, default=Path("runs"), help="folder of run folders")
+    parser.add_argument("--results", type=Path, default=Path("results"), help="where the CSVs are")
+    parser.add_argument("--precision", choices=("fp32", "bf16", "fp16"), default="fp32")
+    parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
+    arguments = parser.parse_args()
+    precision = arguments.precision
+    try:
+        where = TrainerSettings(steps=1, device=arguments.device, precision=precision)
+        device = where.resolve_device()
+        where.resolve_precision(device)
+        found = list(saved_networks(arguments.runs, arguments.results, arguments.run_ids))
+        if unknown := set(arguments.run_ids) - {result["record"]["run_id"] for *_, result in found}:
+            lacking = ", ".join(sorted(unknown))
+            raise ConfigError(f"no saved network of {lacking} below {arguments.runs}/")
+        new = []
+        for network, path, result in found:
+            rows = recorded(path)
+            done = rows.loc[rows["precision"] == precision, "run_id"]
+            if result["record"]["run_id"] not in set(done):
+                new.append((network, path, result))
+        console.print(
+            f"{len(found)} saved networks below {arguments.runs}/, {len(new)} to evaluate"
+        )
+        for network, path, result in track(new, "evaluating", console=console):
+            loss, accuracy = evaluate_saved(network, result, device, precision)
+            run_id = result["record"]["run_id"]
+            row = {"run_id": run_id, "precision": precision}
+            record(path, row | {"val_loss": loss, "val_accuracy": accuracy})
+            earlier = result["record"]["val_accuracy"]
+            console.print(
+                f"{run_id} {run_name(result['config'])}: accuracy {accuracy:.2f} %, "
+                f"in the run {earlier:.2f} % ({result['record']['device']})"
+            )
+    except (ConfigError, DataError, records.RecordError, OSError) as error:
+        console.print(f"error: {error}")
+        sys.exit(2)
+
+
+if __name__ == "__main__":
+    main()
