@@ -5,7 +5,8 @@
 
 A run evaluates in the precision that it trains in, bf16 where that is fast. How much of a result
 lies in the rounding stands in results/<scale>/evaluation/<name>.csv: val_loss in nats and
-val_accuracy in percent of each network in each precision. What stands there is not done again.
+val_accuracy in percent of each network in each precision. structured_share is the fraction of its
+zeros that lie in whole neurons or channels. What stands there is not done again.
 """
 
 from __future__ import annotations
@@ -26,11 +27,12 @@ from torch import nn
 from pnorm_decay import records
 from pnorm_decay.data import DataError, Dataset
 from pnorm_decay.files import write_text
+from pnorm_decay.sparsity import structured_share
 from pnorm_decay.training.run import MODEL_FILE, build, run_name
 from pnorm_decay.training.settings import ConfigError, TrainerSettings
 from pnorm_decay.training.trainer import evaluate, make_accelerator, prepare_process
 
-COLUMNS = ["run_id", "precision", "val_loss", "val_accuracy"]
+COLUMNS = ["run_id", "precision", "val_loss", "val_accuracy", "structured_share"]
 
 console = Console(highlight=False, soft_wrap=True, markup=False)
 
@@ -48,8 +50,8 @@ def saved_networks(
 
 def evaluate_saved(
     network: Path, result: dict[str, Any], device: torch.device, precision: str
-) -> tuple[float, float]:
-    """Validation loss (nats) and accuracy (percent) of a run's saved network.
+) -> dict[str, Any]:
+    """The row of a run's saved network, see ``COLUMNS``.
 
     Raises:
         DataError: the data set is missing, or not the one that the run was evaluated on.
@@ -71,7 +73,9 @@ def evaluate_saved(
         raise ConfigError(f"{network} is damaged or of another model") from error
     if settings.channels_last:
         model = model.to(memory_format=torch.channels_last)
-    return evaluate(accelerator.prepare(model), data, settings, accelerator)
+    loss, accuracy = evaluate(accelerator.prepare(model), data, settings, accelerator)
+    values = (result["record"]["run_id"], precision, loss, accuracy, structured_share(model))
+    return dict(zip(COLUMNS, values, strict=True))
 
 
 def recorded(path: Path) -> pd.DataFrame:
@@ -83,9 +87,7 @@ def recorded(path: Path) -> pd.DataFrame:
 
 def record(path: Path, row: dict[str, Any]) -> None:
     """Adds an evaluation to a CSV file."""
-    rows = (
-        pd.concat([recorded(path), pd.DataFrame([row])]) if path.exists() else pd.DataFrame([row])
-    )
+    rows = pd.concat([recorded(path), pd.DataFrame([row])])
     rows = rows.sort_values(["run_id", "precision"], ignore_index=True)
     write_text(path, rows.to_csv(index=False, lineterminator="\n"))
 
@@ -119,14 +121,12 @@ def main() -> None:
             f"{len(found)} saved networks below {arguments.runs}/, {len(new)} to evaluate"
         )
         for network, path, result in track(new, "evaluating", console=console):
-            loss, accuracy = evaluate_saved(network, result, device, precision)
-            run_id = result["record"]["run_id"]
-            row = {"run_id": run_id, "precision": precision}
-            record(path, row | {"val_loss": loss, "val_accuracy": accuracy})
-            earlier = result["record"]["val_accuracy"]
+            row = evaluate_saved(network, result, device, precision)
+            record(path, row)
+            name, was = run_name(result["config"]), result["record"]
             console.print(
-                f"{run_id} {run_name(result['config'])}: accuracy {accuracy:.2f} %, "
-                f"in the run {earlier:.2f} % ({result['record']['device']})"
+                f"{row['run_id']} {name}: accuracy {row['val_accuracy']:.2f} %, "
+                f"in the run {was['val_accuracy']:.2f} % ({was['device']})"
             )
     except (ConfigError, DataError, records.RecordError, OSError) as error:
         console.print(f"error: {error}")

@@ -1,11 +1,13 @@
 """What counts as zero, of which tensors."""
 
+import math
+
 import pytest
 import torch
 from torch import nn
 
 from pnorm_decay import sparsity
-from pnorm_decay.sparsity import layer_sparsity, zero_fraction, zeroed
+from pnorm_decay.sparsity import layer_sparsity, structured_share, zero_fraction, zeroed
 
 
 @pytest.fixture
@@ -42,6 +44,25 @@ def test_not_a_number_is_not_zero(model: nn.Module) -> None:
     with torch.no_grad():
         model[2].weight.fill_(torch.nan)
     assert sparsity(model) == 5 / 30
+
+
+def test_zeros_of_whole_units_are_told_from_single_ones(model: nn.Module) -> None:
+    assert (
+        structured_share(model) == 4 / 5
+    )  # the first row; the small weight of the second is alone
+    with torch.no_grad():
+        model[2].weight[:, 3] = 0.0
+    assert structured_share(model) == 6 / 7
+    assert structured_share(model, threshold=1e-12) == (4 + 10) / (5 + 10)
+    assert math.isnan(structured_share(model, threshold=0))
+
+
+def test_a_convolution_s_units_are_its_channels() -> None:
+    weight = torch.ones(3, 2, 3, 3)
+    weight[0] = 0  # an output channel: 18 weights
+    weight[:, 1] = 0  # an input channel: 27, of which 9 are counted already
+    weight[1, 0, 0] = 0  # three weights of a filter
+    assert structured_share([weight]) == 36 / 39
 
 
 @pytest.mark.parametrize("nothing", [nn.LayerNorm(3), []])

@@ -1,5 +1,6 @@
 """What is zero: the sparsity of a model's decayed weights."""
 
+import math
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 
@@ -9,7 +10,7 @@ from torch import Tensor, nn
 from pnorm_decay.optim.base import local
 from pnorm_decay.optim.groups import split_decayed
 
-__all__ = ["layer_sparsity", "sparsity", "zero_fraction", "zeroed"]
+__all__ = ["layer_sparsity", "sparsity", "structured_share", "zero_fraction", "zeroed"]
 
 
 def sparsity(model_or_parameters: nn.Module | Iterable[Tensor], threshold: float = 1e-13) -> float:
@@ -44,6 +45,31 @@ def layer_sparsity(model: nn.Module, threshold: float = 1e-13) -> dict[str, floa
         name: count / max(tensor.numel(), 1)
         for (name, tensor), count in zip(named, counts, strict=True)
     }
+
+
+def structured_share(
+    model_or_parameters: nn.Module | Iterable[Tensor], threshold: float = 1e-13
+) -> float:
+    """Of the decayed weights with `|w| < threshold`, the fraction in units that have no others.
+
+    A unit is all that comes into one output of a tensor, `w[i]`, or all that leaves one input,
+    `w[:, j]`: a row or column of a matrix, a channel of a convolution. Such a unit can be cut out
+    of the network; a single zero between other weights cannot.
+
+    Args:
+        model_or_parameters: as for `sparsity`; not sharded over processes.
+        threshold: as for `sparsity`.
+
+    Returns:
+        A number in [0, 1], NaN where no weight is small.
+    """
+    small_count = in_units = 0
+    for tensor in _decayed(model_or_parameters):
+        small = (tensor.abs() < threshold).reshape(*tensor.shape[:2], -1)
+        of_unit = small.all((1, 2), keepdim=True) | small.all((0, 2), keepdim=True)
+        small_count += int(small.sum())
+        in_units += int(of_unit.expand_as(small).sum())
+    return in_units / small_count if small_count else math.nan
 
 
 @contextmanager

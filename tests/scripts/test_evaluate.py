@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 
 import pandas as pd
 import pytest
@@ -40,6 +41,7 @@ def test_in_the_run_s_precision_it_is_what_the_run_recorded(run_program, places,
     assert row["run_id"] == run_dir.name
     assert row["val_loss"] == pytest.approx(record["val_loss"], rel=1e-6)
     assert row["val_accuracy"] == record["val_accuracy"]
+    assert math.isnan(row["structured_share"]) == (record["sparsity"] == 0)
     assert "1 to evaluate" in done.out
     assert f"in the run {record['val_accuracy']:.2f} %" in done.out
 
