@@ -42,9 +42,9 @@ def saved_networks(
 ) -> Iterator[tuple[Path, Path, dict[str, Any]]]:
     """(network, CSV file, result) of every finished run, or of those chosen by their run_id."""
     for scale, name, result in records.recorded_runs(runs):
-        run_id = result["record"]["run_id"]
+        run_id, ended = result["record"]["run_id"], result["record"]["status"]
         network = runs / scale / name / run_id / MODEL_FILE
-        if network.exists() and (not chosen or run_id in chosen):
+        if ended == "finished" and network.exists() and (not chosen or run_id in chosen):
             yield network, results / scale / "evaluation" / f"{name}.csv", result
 
 

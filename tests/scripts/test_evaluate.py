@@ -68,11 +68,22 @@ def test_bad_input_is_one_line(run_program, places, run_dir):
     assert "model.pt is damaged" in damaged.out
 
 
-def test_other_data_are_refused(run_program, places, run_dir):
+def change_record(run_dir, **values):
     path = run_dir / "result.json"
     result = json.loads(path.read_text())
-    result["record"]["data"] = "other digits"
+    result["record"] |= values
     path.write_text(json.dumps(result))
+
+
+def test_a_diverged_run_is_left_out(run_program, places, run_dir):
+    change_record(run_dir, status="diverged", val_accuracy=None)
+    done = run_program(EVALUATE, *places)
+    assert done.code == 0
+    assert "0 saved networks" in done.out
+
+
+def test_other_data_are_refused(run_program, places, run_dir):
+    change_record(run_dir, data="other digits")
     done = run_program(EVALUATE, *places)
     assert done.code == 2
     assert "was evaluated on other digits" in done.out
