@@ -55,7 +55,7 @@ def evaluate_saved(
 
     Raises:
         DataError: the data set is missing, or not the one that the run was evaluated on.
-        ConfigError: the run's config is not one that this version understands.
+        ConfigError: this version does not understand the run's config, or the network is damaged.
     """
     config = result["config"]
     settings = TrainerSettings.from_config(config["trainer"])
@@ -85,6 +85,12 @@ def recorded(path: Path) -> pd.DataFrame:
     return pd.read_csv(path, dtype={"run_id": str})
 
 
+def is_recorded(path: Path, result: dict[str, Any], precision: str) -> bool:
+    rows = recorded(path)
+    same_run = rows["run_id"] == result["record"]["run_id"]
+    return bool((same_run & (rows["precision"] == precision)).any())
+
+
 def record(path: Path, row: dict[str, Any]) -> None:
     """Adds an evaluation to a CSV file."""
     rows = pd.concat([recorded(path), pd.DataFrame([row])])
@@ -111,12 +117,7 @@ def main() -> None:
         if unknown := set(arguments.run_ids) - {result["record"]["run_id"] for *_, result in found}:
             lacking = ", ".join(sorted(unknown))
             raise ConfigError(f"no saved network of {lacking} below {arguments.runs}/")
-        new = []
-        for network, path, result in found:
-            rows = recorded(path)
-            done = rows.loc[rows["precision"] == precision, "run_id"]
-            if result["record"]["run_id"] not in set(done):
-                new.append((network, path, result))
+        new = [these for these in found if not is_recorded(*these[1:], precision)]
         console.print(
             f"{len(found)} saved networks below {arguments.runs}/, {len(new)} to evaluate"
         )

@@ -47,9 +47,7 @@ def test_not_a_number_is_not_zero(model: nn.Module) -> None:
 
 
 def test_zeros_of_whole_units_are_told_from_single_ones(model: nn.Module) -> None:
-    assert (
-        structured_share(model) == 4 / 5
-    )  # the first row; the small weight of the second is alone
+    assert structured_share(model) == 4 / 5  # the first row, not the second's small weight
     with torch.no_grad():
         model[2].weight[:, 3] = 0.0
     assert structured_share(model) == 6 / 7
@@ -63,6 +61,7 @@ def test_a_convolution_s_units_are_its_channels() -> None:
     weight[:, 1] = 0  # an input channel: 27, of which 9 are counted already
     weight[1, 0, 0] = 0  # three weights of a filter
     assert structured_share([weight]) == 36 / 39
+    assert structured_share([weight, torch.ones(0, 3)]) == 36 / 39
 
 
 @pytest.mark.parametrize("nothing", [nn.LayerNorm(3), []])

@@ -62,10 +62,13 @@ def structured_share(
 
     Returns:
         A number in [0, 1], NaN where no weight is small.
+
+    Raises:
+        ValueError: there is no decayed weight.
     """
     small_count = in_units = 0
     for tensor in _decayed(model_or_parameters):
-        small = (tensor.abs() < threshold).reshape(*tensor.shape[:2], -1)
+        small = (tensor.abs() < threshold).unsqueeze(-1).flatten(2)  # (outputs, inputs, kernel)
         of_unit = small.all((1, 2), keepdim=True) | small.all((0, 2), keepdim=True)
         small_count += int(small.sum())
         in_units += int(of_unit.expand_as(small).sum())
