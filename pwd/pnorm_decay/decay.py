@@ -3,7 +3,8 @@
 The penalty is `sum |w|^p / p`. For `p < 2` it has a second form with one auxiliary variable a
 weight (Theorem 1.1), `min over s > 0 of { s w^2 / 2 + (2-p)/(2p) s^(-p/(2-p)) }`, reached at
 `s = |w|^(p-2)`. At fixed s the proximal step in w is a division by `1 + step * s`, which is what
-the optimizers apply.
+the optimizers apply: `shrink_factor`. With s at its minimum for the weight after the step, it is
+the proximal step of the penalty itself: `proximal_factor`.
 """
 
 import math
@@ -11,7 +12,9 @@ import math
 import torch
 from torch import Tensor
 
-__all__ = ["auxiliary", "penalty", "shrink_factor"]
+__all__ = ["auxiliary", "penalty", "proximal_factor", "shrink_factor", "survival_limit"]
+
+NEWTON_STEPS = 8  # to the last bit of float64 for every p, from the starts below
 
 
 def penalty(w: Tensor, p: float) -> Tensor:
@@ -54,7 +57,7 @@ def auxiliary(w: Tensor, p: float) -> Tensor:
     return _widen(magnitude).pow(p - 2).to(magnitude.dtype)
 
 
-def shrink_factor(w: Tensor, p: float, step: float | Tensor) -> Tensor:
+def shrink_factor(w: Tensor, p: float | Tensor, step: float | Tensor) -> Tensor:
     """What a decay step multiplies a weight by, `1 / (1 + step * |w|^(p-2))`.
 
     It is evaluated as `sigmoid((2-p) log|w| - log(step))`, the same number for every p, in which
@@ -62,7 +65,7 @@ def shrink_factor(w: Tensor, p: float, step: float | Tensor) -> Tensor:
 
     Args:
         w: weights of any shape, floating point or complex.
-        p: the norm's exponent, in (0, inf).
+        p: the norm's exponent, in (0, inf); a number or a one-element tensor on w's device.
         step: `alpha * lambda_p`, learning rate times strength, in [0, inf); a number or a
             one-element tensor on w's device.
 
@@ -77,30 +80,104 @@ def shrink_factor(w: Tensor, p: float, step: float | Tensor) -> Tensor:
     _check_p(p)
     magnitude = w.abs()
     if not isinstance(step, Tensor):
-        if not step >= 0:
-            raise ValueError(f"Invalid step: {step} (must be at least 0)")
+        _check_step(step)
         if step == 0:
             return torch.ones_like(magnitude)
-    if p == 2:
+    if not isinstance(p, Tensor) and p == 2:
         return torch.ones_like(magnitude) / (1 + step)
     x = _widen(magnitude)
     zero = x == 0
     # The bound keeps (2-p) finite in float32, so that it times log(1) is 0 for any p.
-    exponent = max(2 - p, -1e30)
+    exponent = (2 - p).clamp(min=-1e30) if isinstance(p, Tensor) else max(2 - p, -1e30)
     # log(0) is replaced rather than used, because its derivative would be NaN.
     log_x = x.masked_fill(zero, 1).log()
-    if isinstance(step, Tensor):
-        factor = torch.sigmoid(exponent * log_x - step.to(x).log())
-        factor = factor.masked_fill(zero, float(p > 2)).masked_fill(step == 0, 1)
+    log_step = step.to(x).log() if isinstance(step, Tensor) else math.log(step)
+    factor = torch.sigmoid(exponent * log_x - log_step)
+    if isinstance(p, Tensor):
+        at_zero = torch.where(p > 2, 1.0, torch.where(p == 2, 1 / (1 + step), 0.0))
+        factor = torch.where(zero, at_zero.to(factor), factor)
     else:
-        factor = torch.sigmoid(exponent * log_x - math.log(step))
         factor = factor.masked_fill(zero, float(p > 2))
+    if isinstance(step, Tensor):
+        factor = factor.masked_fill(step == 0, 1)
     return factor.to(magnitude.dtype)
 
 
-def _check_p(p: float) -> None:
-    if not 0 < p < math.inf:
+def proximal_factor(v: Tensor, p: float, step: float | Tensor) -> Tensor:
+    """What an exact decay step multiplies a weight by: `x / v`, x minimising its own penalty.
+
+    `x = argmin_x (x - v)^2 / 2 + step |x|^p / p`. With `h = x / v` and `r = step |v|^(p-2)`, a
+    minimiser other than 0 has `h + r h^(p-1) = 1`. For `p < 1` there is one up to the r of
+    `survival_limit`; above it the minimiser is 0, as it is where both are equally good
+    (generalised soft thresholding: Zuo et al., "A Generalized Iterated Shrinkage Algorithm for
+    Non-convex Sparse Coding", 2013). At `p = 1` it is soft thresholding, `1 - r`; at `p = 2` both
+    decay steps are one, `1 / (1 + step)`. Elsewhere Newton's method solves
+    `log(h + r h^(p-1)) = 0` for log h: that function is convex, so that it converges from above.
+
+    Args:
+        v: weights of any shape, floating point.
+        p: the norm's exponent, in (0, 2].
+        step: `alpha * lambda_p`, in [0, inf); a number, or a tensor on v's device that broadcasts.
+
+    Returns:
+        A tensor of v's shape and dtype with values in [0, 1]. 16-bit dtypes are computed in
+        float32.
+
+    Raises:
+        ValueError: p is not in (0, 2], or step is negative or NaN.
+    """
+    if not 0 < p <= 2:
+        raise ValueError(f"Invalid p: {p} (must be in (0, 2])")
+    x = _widen(v.abs())
+    if not isinstance(step, Tensor):
+        _check_step(step)
+        step = torch.full((), step, dtype=x.dtype, device=x.device)
+    if p == 2:
+        return (torch.ones_like(x) / (1 + step)).to(v.dtype)
+    zero = x == 0
+    log_r = step.to(x.dtype).log() + (p - 2) * x.masked_fill(zero, 1).log()
+    if p == 1:
+        factor = (1 - log_r.exp()).clamp(min=0)
+    else:
+        a = p - 1
+        if p > 1:  # of both terms, the one that is 1 on its own
+            log_h = (-log_r / a).clamp(max=0)
+        else:  # between where two solutions meet, at r = branch, and 1
+            limit, branch = survival_limit(p)
+            vanishes = log_r > math.log(limit)
+            log_r = log_r.masked_fill(vanishes, math.log(limit))
+            meeting = -a / (1 - a)
+            log_h = (meeting + (1 - meeting) * (1 - log_r.exp() / branch).sqrt()).log()
+        for _ in range(NEWTON_STEPS):
+            share = torch.sigmoid((a - 1) * log_h + log_r)  # of r h^(p-1) in the sum
+            log_h = log_h - torch.logaddexp(log_h, a * log_h + log_r) / (1 + (a - 1) * share)
+        factor = log_h.exp()
+        if p < 1:
+            factor = factor.masked_fill(vanishes, 0)
+    return factor.masked_fill(zero, 0).to(v.dtype)
+
+
+def survival_limit(p: float) -> tuple[float, float]:
+    """Two values of `r = step |v|^(p-2)` for `p < 1`, the ends of an exact step's survivors.
+
+    Up to the first a weight survives; up to the second its penalised problem has a stationary point
+    other than 0. With q = 1 - p, both are `(1 - h) h^q`: where the solution has come down to
+    `h = 2q / (1 + q)`, no better than 0, and where it meets the other one, `h = q / (1 + q)`.
+    """
+    q = 1 - p
+    ends = (2 * q / (1 + q), q / (1 + q))
+    limit, branch = ((1 - h) * h**q for h in ends)
+    return limit, branch
+
+
+def _check_p(p: float | Tensor) -> None:
+    if not isinstance(p, Tensor) and not 0 < p < math.inf:
         raise ValueError(f"Invalid p: {p} (must be positive and finite)")
+
+
+def _check_step(step: float) -> None:
+    if not step >= 0:
+        raise ValueError(f"Invalid step: {step} (must be at least 0)")
 
 
 def _widen(x: Tensor) -> Tensor:

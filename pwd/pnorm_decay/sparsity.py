@@ -7,8 +7,8 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
-from pnorm_decay.optim.base import local
 from pnorm_decay.optim.groups import split_decayed
+from pnorm_decay.optim.layout import local
 
 __all__ = ["layer_sparsity", "sparsity", "structured_share", "zero_fraction", "zeroed"]
 

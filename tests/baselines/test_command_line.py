@@ -138,7 +138,7 @@ def test_runs_that_differ_in_their_target_alone_are_different_runs(run_program, 
         ([DIGITS, "pruning=spred", "pruning.factors=1"], "pruning.factors=1"),
         ([DIGITS, "pruning=rewa", "pruning.power=4"], "pruning.power=4"),
         ([DIGITS, "pruning=nosuch"], "nosuch"),
-        ([DIGITS, "optimizer=l1", "optimizer.p=0.8"], "0.8"),
+        ([DIGITS, "optimizer=l1", "optimizer.p=0.8"], "optimizer.p=0.8"),
         ([DIGITS, "optimizer=coupled", "optimizer.lambda_p=-1"], "lambda_p"),
     ],
 )
@@ -158,6 +158,8 @@ def test_every_sweep_has_its_grid_in_every_experiment(run_program):
     experiments = sorted((REPOSITORY / "configs" / "experiment").glob("*/*.yaml"))
     assert {"magnitude", "oto", "l1", "proximal", "factorised", "rewa"} <= sweeps
     for path in experiments:
+        if path.parent.name == "wide":
+            continue  # single runs
         grid = path.read_text().split("grid:")[1]
         for sweep in sweeps:
             if sweep == "oto" and path.stem.startswith("nanogpt"):

@@ -20,6 +20,36 @@ def factor(w: Array, p: float, strength: float, l2: float = 0.0) -> Array:
     return 1 / (1 + l2 + strength * np.abs(w) ** (p - 2))
 
 
+def threshold(p: float, strength: float) -> float:
+    """Zuo et al. 2013: up to which |v| the exact step's result is 0 (p <= 1)."""
+    if p == 1:
+        return strength
+    smallest = (2 * strength * (1 - p) / p) ** (1 / (2 - p))
+    return smallest + strength * smallest ** (p - 1)
+
+
+def proximal(v: Array, p: float, strength: float) -> Array:
+    """argmin_x (x - v)^2 / 2 + strength |x|^p / p, by bisection of the derivative.
+
+    It rises from its lowest point on (p < 1), or everywhere (p >= 1); 0 is compared with.
+    """
+    size = np.abs(v)
+    if strength == 0:
+        return v.copy()
+    lowest = (strength * (1 - p)) ** (1 / (2 - p)) if p < 1 else 0.0
+    with np.errstate(divide="ignore", invalid="ignore", over="ignore"):
+        low = np.full_like(size, np.log(max(lowest, 1e-300)))
+        high = np.maximum(np.log(size), low)
+        for _ in range(64):
+            middle = (low + high) / 2
+            rises = np.exp(middle) - size + strength * np.exp((p - 1) * middle) > 0
+            low, high = np.where(rises, low, middle), np.where(rises, middle, high)
+        x = np.exp((low + high) / 2)
+        stays = (x - size) ** 2 / 2 + strength * x**p / p < size**2 / 2
+    # Below 1e-6 the costs cannot be told apart in float64; for p > 1 the result is never 0.
+    return np.copysign(np.where(stays | ((p > 1) & (size > 0)), x, 0), v)
+
+
 @dataclass
 class Oracle:
     """One tensor's weights and state, and the options of its optimizer."""
@@ -34,6 +64,7 @@ class Oracle:
     steps: int = 0
     shrunk: Array = field(init=False)  # the factor of the last step
     moved: Array = field(init=False)  # |w| + lr |u| of the last step, what rounding scales with
+    undecided: NDArray[np.bool_] = field(init=False)  # near the threshold, where rounding decides
 
     def step(self, g: Array) -> None:
         o = {
@@ -41,11 +72,28 @@ class Oracle:
             "reweight_every": 1,
             "auxiliary_beta": 0.0,
             "maximize": False,
+            "exact": False,
+            "hold_zeros": False,
             **self.options,
         }
         self.steps += 1
         g = -g if o["maximize"] else g
         u = self.adam(g, o) if self.rule == "adam" else self.sgd(g, o)
+        lr, lam, l2, p = o["lr"], o["lambda_p"], o["lr"] * o["weight_decay"], o["p"]
+        self.moved = np.abs(self.w) + lr * np.abs(u)
+        before = self.w
+        if o["exact"]:
+            v, strength = (self.w - lr * u) / (1 + l2), lr * lam / (1 + l2)
+            self.w = proximal(v, p, strength)
+            self.shrunk = np.ones_like(v)
+            edge = threshold(p, strength) if p <= 1 else 0
+            self.undecided = np.abs(np.abs(v) - edge) < 1e-2 * edge
+        else:
+            self.divide(u, o)
+        if o["hold_zeros"]:
+            self.w = np.where(before == 0, 0, self.w)
+
+    def divide(self, u: Array, o: dict[str, Any]) -> None:
         lr, lam, l2, p = o["lr"], o["lambda_p"], o["lr"] * o["weight_decay"], o["p"]
         if o["reweight_every"] == 1 and o["auxiliary_beta"] == 0:
             self.shrunk = factor(self.w, p, lr * lam, l2)
@@ -56,7 +104,7 @@ class Oracle:
             elif (self.steps - 1) % o["reweight_every"] == 0:
                 self.q = o["auxiliary_beta"] * self.q + (1 - o["auxiliary_beta"]) * fresh
             self.shrunk = self.q / (self.q * (1 + l2) + lr * lam * (1 - self.q))
-        self.moved = np.abs(self.w) + lr * np.abs(u)
+        self.undecided = np.zeros_like(self.w, bool)
         self.w = (self.w - lr * u) * self.shrunk
 
     def adam(self, g: Array, o: dict[str, Any]) -> Array:

@@ -48,6 +48,32 @@ def test_without_decay_it_is_torchs_own_to_the_bit(
     assert_equal_to_the_bit(left, right)
 
 
+@pytest.mark.parametrize(
+    ("ours", "theirs"), [(AdamPWD, torch.optim.Adam), (SGDPWD, torch.optim.SGD)]
+)
+def test_without_decay_the_default_is_torchs_fused_step_where_that_is_right(
+    ours: Any, theirs: Any
+) -> None:
+    def fresh() -> list[Parameter]:
+        return [param for param in make_parameters() if param.is_contiguous()]
+
+    left, right = fresh(), fresh()
+    train(ours(left, lr=0.01, p=0.5, lambda_p=0), left)
+    train(theirs(right, lr=0.01, fused=True), right)
+    assert_equal_to_the_bit(left, right)
+    # torch's fused step is wrong for a gradient of another memory layout; the default is not.
+    image = torch.randn(8, 6, 3, 3)
+    left, right = [Parameter(image.clone())], [Parameter(image.clone())]
+    gradient = torch.randn(8, 6, 3, 3).to(memory_format=torch.channels_last)
+    for (param,), optimizer in (
+        (left, ours(left, lr=0.01, p=0.5, lambda_p=0)),
+        (right, theirs(right, lr=0.01, fused=False)),
+    ):
+        param.grad = gradient
+        optimizer.step()
+    assert_equal_to_the_bit(left, right)
+
+
 @pytest.mark.parametrize("how", HOW)
 @pytest.mark.parametrize("cls", CLASSES)
 def test_a_learning_rate_of_0_changes_nothing(cls: Any, how: dict[str, Any]) -> None:

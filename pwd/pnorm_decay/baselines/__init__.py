@@ -8,17 +8,17 @@ from pnorm_decay.baselines.base import Pruning
 from pnorm_decay.baselines.coupled import CoupledAdam
 from pnorm_decay.baselines.magnitude import MagnitudePruning
 from pnorm_decay.baselines.oto import OTO, compact
-from pnorm_decay.baselines.proximal import ProximalAdam, proximal_map
+from pnorm_decay.baselines.proximal import HardThresholdAdam, ProximalAdam
 from pnorm_decay.baselines.reparametrised import Factorised, ReWA
 
 __all__ = [
     "OTO",
     "CoupledAdam",
     "Factorised",
+    "HardThresholdAdam",
     "MagnitudePruning",
     "ProximalAdam",
     "Pruning",
     "ReWA",
     "compact",
-    "proximal_map",
 ]

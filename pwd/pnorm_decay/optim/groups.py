@@ -47,7 +47,7 @@ def param_groups(
 
     Returns:
         `[decayed, undecayed]`, each with `params`, their `names`, `p` and `lambda_p`; the undecayed
-        one with `weight_decay = 0`, too.
+        one with `weight_decay = 0` and `hold_zeros = False`, too.
 
     Raises:
         ValueError: zero_init is neither "decay" nor "exclude".
@@ -68,5 +68,5 @@ def param_groups(
         }
         for named, strength in ((decayed, lambda_p), (undecayed, 0.0))
     ]
-    groups[1]["weight_decay"] = 0.0
+    groups[1] |= {"weight_decay": 0.0, "hold_zeros": False}
     return groups

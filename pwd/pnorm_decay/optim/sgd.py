@@ -1,23 +1,10 @@
 """Stochastic gradient descent with p-norm weight decay."""
 
-from typing import ClassVar
-
-import torch
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
-from torch.optim.sgd import sgd
 
-from pnorm_decay.optim.base import (
-    Flag,
-    Group,
-    Number,
-    PNormDecayOptimizer,
-    Slot,
-    State,
-    count_step,
-    wide,
-)
-from pnorm_decay.optim.fused import Options, Rule
+from pnorm_decay.optim.base import PNormDecayOptimizer
+from pnorm_decay.optim.rules import SGDRule
 
 
 class SGDPWD(PNormDecayOptimizer):
@@ -54,11 +41,7 @@ class SGDPWD(PNormDecayOptimizer):
         RuntimeError: options that exclude each other.
     """
 
-    valid: ClassVar = {
-        **PNormDecayOptimizer.valid,
-        "momentum": (lambda v: v >= 0, "at least 0"),
-    }
-    moments = ("momentum_buffer",)
+    rule = SGDRule()
 
     def __init__(
         self,
@@ -69,12 +52,15 @@ class SGDPWD(PNormDecayOptimizer):
         weight_decay: float = 0,
         nesterov: bool = False,
         *,
-        p: float | None = None,
-        lambda_p: float | None = None,
+        p: float | Tensor | None = None,
+        lambda_p: float | Tensor | None = None,
+        exact: bool = False,
+        hold_zeros: bool = False,
         reweight_every: int = 1,
         auxiliary_beta: float = 0,
         maximize: bool = False,
         foreach: bool | None = None,
+        capturable: bool = False,
         differentiable: bool = False,
         fused: bool | None = None,
     ) -> None:
@@ -86,87 +72,14 @@ class SGDPWD(PNormDecayOptimizer):
             "nesterov": nesterov,
             "p": p,
             "lambda_p": lambda_p,
+            "exact": exact,
+            "hold_zeros": hold_zeros,
             "reweight_every": reweight_every,
             "auxiliary_beta": auxiliary_beta,
             "maximize": maximize,
             "foreach": foreach,
+            "capturable": capturable,
             "differentiable": differentiable,
             "fused": fused,
         }
         super().__init__(params, defaults)
-
-    def _check(self, group: Group) -> None:
-        super()._check(group)
-        if group["nesterov"] and (group["momentum"] <= 0 or group["dampening"] != 0):
-            raise ValueError("Nesterov momentum requires a momentum and zero dampening")
-
-    def _begin(self, params: list[Tensor], group: Group) -> list[tuple[State, Number, Flag]]:
-        states = [self.state[param] for param in params]
-        counts = [2] * len(params)
-        refreshes: list[Flag] = [True] * len(params)
-        if group["momentum"] != 0:
-            for index, (param, state) in enumerate(zip(params, states, strict=True)):
-                if state.get("momentum_buffer") is None:
-                    state["momentum_buffer"] = torch.zeros_like(param)
-                    counts[index] = 1
-        if group["reweight_every"] > 1:
-            for state in states:
-                state.setdefault("step", torch.tensor(0.0))
-            counted = count_step([state["step"] for state in states], group)
-            refreshes = [refresh for _, refresh in counted]
-        return list(zip(states, counts, refreshes, strict=True))
-
-    def _uses(self, moment: str, group: Group) -> bool:
-        return group["momentum"] != 0
-
-    def _direction(self, grad: Tensor, slot: Slot, group: Group) -> Tensor:
-        momentum = group["momentum"]
-        if momentum == 0:
-            return grad
-        buffer = grad
-        if slot.count != 1:
-            old = wide(slot.state["momentum_buffer"])
-            buffer = momentum * old + (1 - group["dampening"]) * grad
-        slot.state["momentum_buffer"].copy_(buffer)
-        return grad + momentum * buffer if group["nesterov"] else buffer
-
-    def _foreach_move(self, slots: list[Slot], group: Group, alpha: Number) -> None:
-        moved = [slot.param for slot in slots]
-        directions = [slot.grad for slot in slots]
-        if group["maximize"]:
-            directions = list(torch._foreach_neg(directions))
-        if group["momentum"] != 0:
-            buffers = [slot.state["momentum_buffer"] for slot in slots]
-            fresh = [1.0 if slot.count == 1 else 1 - group["dampening"] for slot in slots]
-            torch._foreach_mul_(buffers, group["momentum"])
-            torch._foreach_add_(buffers, torch._foreach_mul(directions, fresh))
-            if group["nesterov"]:
-                directions = list(torch._foreach_add(directions, buffers, alpha=group["momentum"]))
-            else:
-                directions = buffers
-        torch._foreach_sub_(moved, torch._foreach_mul(directions, alpha))
-
-    def _torch_step(self, params: list[Tensor], group: Group) -> None:
-        buffers = [self.state[param].get("momentum_buffer") for param in params]
-        sgd(
-            params,
-            [param.grad for param in params if param.grad is not None],
-            buffers,
-            foreach=group["foreach"],
-            fused=group["fused"],
-            weight_decay=0,
-            momentum=group["momentum"],
-            lr=group["lr"],
-            dampening=group["dampening"],
-            nesterov=group["nesterov"],
-            maximize=group["maximize"],
-        )
-        if group["momentum"] != 0:
-            for param, buffer in zip(params, buffers, strict=True):
-                assert buffer is not None
-                self.state[param]["momentum_buffer"] = buffer
-
-    def _fused_options(self, group: Group) -> Options:
-        rule = Rule.MOMENTUM if group["momentum"] else Rule.SGD
-        momentum, dampening = group["momentum"], group["dampening"]
-        return Options(rule=rule, beta1=momentum, beta2=dampening, nesterov=group["nesterov"])

@@ -259,8 +259,16 @@ def build_pruning(config: Mapping[str, Any]) -> Pruning:
 def build_optimizer(config: Mapping[str, Any], model: nn.Module) -> Optimizer:
     """The configured optimizer over the model's decayed and undecayed parameters."""
     settings = {key: value for key, value in config["optimizer"].items() if key != "method"}
+    if config["optimizer"]["method"] == "l1" and settings["p"] != 1:
+        raise ConfigError(f"optimizer.p={settings['p']}: l1 has p=1; optimizer=proximal has any p")
     decayed, undecayed = split_decayed(model)
-    off = {option: 0.0 for option in DECAY_OPTIONS if option in settings}
+    off: dict[str, Any] = {option: 0.0 for option in DECAY_OPTIONS if option in settings}
+    if "hold_zeros" in settings:
+        off["hold_zeros"] = False
+    if not any(parameter.is_cuda for parameter in model.parameters()):
+        # torch's default step on a CPU; AdamPWD's, which is faster, would round differently from
+        # that of the recorded runs.
+        off["foreach"] = False
     groups: list[dict[str, Any]] = [
         {"params": [parameter for _, parameter in decayed]},
         {"params": [parameter for _, parameter in undecayed], **off},

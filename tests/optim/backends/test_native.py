@@ -10,7 +10,8 @@ import torch
 from torch.nn import Parameter
 
 from pnorm_decay import AdamPWD
-from pnorm_decay.optim import fused
+from pnorm_decay import compiler
+from pnorm_decay.optim.backends import native
 
 CPU = torch.device("cpu")
 
@@ -19,10 +20,10 @@ CPU = torch.device("cpu")
 def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     """A cache folder of the test's own, and no kernel remembered by the process."""
     monkeypatch.setenv("PNORM_DECAY_CACHE", str(tmp_path / "cache"))
-    fused.kernel.cache_clear()
-    fused._warn_once.cache_clear()
+    native.kernel.cache_clear()
+    native._warn_once.cache_clear()
     yield tmp_path / "cache"
-    fused.kernel.cache_clear()
+    native.kernel.cache_clear()
 
 
 def step(**options: bool) -> Parameter:
@@ -33,25 +34,25 @@ def step(**options: bool) -> Parameter:
 
 
 def test_it_is_built_once_and_for_each_dtype(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    assert fused.kernel(CPU, torch.float32) is not None
+    assert native.kernel(CPU, torch.float32) is not None
     (library,) = cache.iterdir()  # and nothing half-built beside it
     built = library.stat().st_mtime_ns
-    fused.kernel.cache_clear()
-    assert fused.kernel(CPU, torch.float32) is not None
+    native.kernel.cache_clear()
+    assert native.kernel(CPU, torch.float32) is not None
     assert library.stat().st_mtime_ns == built
-    assert fused.kernel(CPU, torch.bfloat16) is not None
+    assert native.kernel(CPU, torch.bfloat16) is not None
     assert len(list(cache.iterdir())) == 2
     source = cache.parent / "changed.c"
-    source.write_bytes(fused.SOURCE.read_bytes() + b"\n")
-    monkeypatch.setattr(fused, "SOURCE", source)
-    fused.kernel.cache_clear()
-    assert fused.kernel(CPU, torch.float32) is not None
+    source.write_bytes(native.SOURCE.read_bytes() + b"\n")
+    monkeypatch.setattr(native, "SOURCE", source)
+    native.kernel.cache_clear()
+    assert native.kernel(CPU, torch.float32) is not None
     assert len(list(cache.iterdir())) == 3
 
 
 def build() -> None:
     warnings.simplefilter("error")
-    assert fused.kernel(CPU, torch.float32) is not None
+    assert native.kernel(CPU, torch.float32) is not None
 
 
 def test_processes_that_build_at_once_do_no_harm(cache: Path) -> None:
@@ -77,9 +78,9 @@ def test_without_a_compiler_one_warning_and_the_same_numbers(
         warnings.simplefilter("error")
         assert torch.equal(step(fused=True), param)
         assert torch.equal(step(foreach=True), param)
-        assert fused.kernel(CPU, torch.float64) is None  # another dtype, the same reason
+        assert native.kernel(CPU, torch.float64) is None  # another dtype, the same reason
     monkeypatch.delenv("CC")
-    fused.kernel.cache_clear()
+    native.kernel.cache_clear()
     torch.testing.assert_close(step(fused=True), param)
 
 
@@ -97,7 +98,7 @@ def test_a_cache_folder_that_cannot_be_written_is_done_without(
     cache: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     cache.write_text("a file where the folder should be")
-    assert fused.kernel(CPU, torch.float32) is not None
+    assert native.kernel(CPU, torch.float32) is not None
     assert cache.is_file()
 
 
@@ -105,25 +106,25 @@ def test_the_compiler_can_be_chosen(cache: Path, monkeypatch: pytest.MonkeyPatch
     monkeypatch.setenv("CC", "gcc -DUNUSED=1")
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        assert fused.kernel(CPU, torch.float32) is not None
+        assert native.kernel(CPU, torch.float32) is not None
 
 
 def test_other_dtypes_and_devices_have_no_kernel() -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        assert fused.kernel(CPU, torch.complex64) is None
-        assert fused.kernel(torch.device("meta"), torch.float32) is None
+        assert native.kernel(CPU, torch.complex64) is None
+        assert native.kernel(torch.device("meta"), torch.float32) is None
 
 
-@pytest.mark.parametrize("storage", fused.STORAGE.values())
+@pytest.mark.parametrize("storage", native.STORAGE.values())
 def test_the_cuda_kernel_compiles(cache: Path, storage: int) -> None:
     """With the run-time compiler alone: no GPU is needed to see that the source is right."""
     if torch.version.cuda is None:
         pytest.skip("needs a build of torch with CUDA, which brings NVRTC")
-    binary = fused.cuda_binary(storage, "sm_80")
+    binary = compiler.cuda_code(native.SOURCE, (8, 0), f"-DSTORAGE={storage}")
     assert binary[:4] == b"\x7fELF"
     assert b"step_cuda" in binary
-    assert fused.cuda_binary(storage, "sm_80") == binary
+    assert compiler.cuda_code(native.SOURCE, (8, 0), f"-DSTORAGE={storage}") == binary
     assert len(list(cache.iterdir())) == 1
 
 
@@ -134,10 +135,9 @@ def test_a_source_that_does_not_compile_shows_the_compilers_message(
         pytest.skip("needs a build of torch with CUDA, which brings NVRTC")
     source = cache.parent / "wrong.c"
     source.write_text("undefined thing;")
-    monkeypatch.setattr(fused, "SOURCE", source)
     with pytest.raises(RuntimeError, match="undefined"):
-        fused.cuda_binary(32, "sm_80")
-    assert not list(cache.iterdir())
+        compiler.cuda_code(source, (8, 0), "-DSTORAGE=32")
+    assert not cache.exists()
 
 
 def test_threads_share_the_work() -> None:

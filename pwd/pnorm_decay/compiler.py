@@ -1,0 +1,188 @@
+"""Compiles the package's C sources, for the CPU and for CUDA, and keeps what comes of it.
+
+On the CPU the system's C compiler does it in well under a second; on CUDA the run-time compiler
+that torch ships does. The results are kept in a folder of the user's (`$PNORM_DECAY_CACHE`, else
+`pnorm_decay` in `$XDG_CACHE_HOME` or `~/.cache`) under a hash of everything they depend on, and
+end in a checksum of their own.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import hashlib
+import os
+import shlex
+import shutil
+import subprocess
+import tempfile
+from collections.abc import Callable
+from functools import cache
+from importlib import import_module, metadata
+from pathlib import Path
+
+import torch
+
+from pnorm_decay.files import atomic_write
+
+__all__ = ["cuda_code", "shared_library"]
+
+# No -ffast-math: it would let the compiler assume that there is no NaN, and with some compilers
+# it switches the whole process to flushing subnormal numbers.
+CPU_FLAGS = ["-O3", "-march=native", "-fno-math-errno", "-fno-trapping-math", "-fopenmp"]
+CHECKSUM = 32  # bytes of it at the end of a kept file
+CUDA_FLAGS = ["-std=c++17"]  # for hexadecimal floating-point numbers
+
+
+def shared_library(source: Path, *flags: str) -> ctypes.CDLL:
+    """Compiles a C source for this processor and loads it.
+
+    Args:
+        source: a file of plain C with OpenMP.
+        flags: more flags for the compiler, such as definitions.
+
+    Raises:
+        OSError: there is no compiler, or it failed; the message says what to install.
+    """
+    compiler = shlex.split(os.environ.get("CC", "")) or [
+        name for name in ("cc", "gcc", "clang") if shutil.which(name)
+    ]
+    if not compiler or not shutil.which(compiler[0]):
+        raise OSError("Install a C compiler with OpenMP (Debian, Ubuntu: apt install gcc).")
+    if not os.environ.get("CC"):
+        compiler = compiler[:1]
+    command = [*compiler, *CPU_FLAGS, *flags]
+    # The predefined macros name the compiler's version and what this processor can do.
+    macros = _run([*command, "-dM", "-E", "-x", "c", os.devnull])
+
+    def build(target: Path) -> None:
+        _run([*command, "-shared", "-fPIC", str(source), "-o", str(target), "-lm"])
+
+    return ctypes.CDLL(str(_cached(source, ".so", build, *command, macros)))
+
+
+def cuda_code(source: Path, capability: tuple[int, int], *flags: str) -> bytes:
+    """Compiles a CUDA source with NVRTC, which needs no GPU.
+
+    Args:
+        source: the file.
+        capability: the GPU's, such as (9, 0).
+        flags: more flags for the compiler, such as definitions.
+
+    Returns:
+        A cubin for that GPU or, where NVRTC is older than the GPU, PTX for the newest one before
+        it, which the driver compiles.
+
+    Raises:
+        OSError: NVRTC is not installed.
+        RuntimeError: the source does not compile; the message is the compiler's.
+    """
+    nvrtc = _nvrtc()
+    version = (ctypes.c_int(), ctypes.c_int())
+    nvrtc.nvrtcVersion(ctypes.byref(version[0]), ctypes.byref(version[1]))
+    size = ctypes.c_int()
+    nvrtc.nvrtcGetNumSupportedArchs(ctypes.byref(size))
+    known = (ctypes.c_int * size.value)()
+    nvrtc.nvrtcGetSupportedArchs(known)
+    wanted = 10 * capability[0] + capability[1]
+    newest = max((number for number in known if number <= wanted), default=min(known))
+    kind = "CUBIN" if newest == wanted else "PTX"
+    architecture = f"-arch={'sm' if kind == 'CUBIN' else 'compute'}_{newest}"
+    command = [*CUDA_FLAGS, architecture, *flags]
+
+    def build(target: Path) -> None:
+        program, size = ctypes.c_void_p(), ctypes.c_size_t()
+        nvrtc.nvrtcCreateProgram(
+            ctypes.byref(program), source.read_bytes(), b"source.cu", 0, None, None
+        )
+        options = (ctypes.c_char_p * len(command))(*(flag.encode() for flag in command))
+        failed = nvrtc.nvrtcCompileProgram(program, len(command), options)
+        part = "ProgramLog" if failed else kind
+        getattr(nvrtc, f"nvrtcGet{part}Size")(program, ctypes.byref(size))
+        output = ctypes.create_string_buffer(size.value)
+        getattr(nvrtc, f"nvrtcGet{part}")(program, output)
+        nvrtc.nvrtcDestroyProgram(ctypes.byref(program))
+        if failed:
+            raise RuntimeError(output.value.decode())
+        target.write_bytes(output.raw)
+
+    versions = (str(part.value) for part in version)
+    return _cached(source, f".{kind.lower()}", build, *command, *versions).read_bytes()[:-CHECKSUM]
+
+
+def _nvrtc() -> ctypes.CDLL:
+    """NVRTC: NVIDIA's own search, else the package that torch asks for, else the system's."""
+    try:
+        pathfinder = import_module("cuda.pathfinder")
+        return ctypes.CDLL(pathfinder.load_nvidia_dynamic_lib("nvrtc").abs_path)
+    except (ImportError, RuntimeError, OSError):
+        pass
+    needed = [line.partition(" ")[0] for line in metadata.requires("torch") or ()]
+    packages = [name.partition("=")[0] for name in needed if name.startswith("nvidia-cuda-nvrtc")]
+    paths = []
+    for package in packages:
+        try:
+            paths += [str(file.locate()) for file in metadata.files(package) or ()]
+        except metadata.PackageNotFoundError:
+            continue
+    libraries = [path for path in paths if Path(path).name.startswith(("libnvrtc.so", "nvrtc64"))]
+    major = (torch.version.cuda or "0").partition(".")[0]
+    for name in (*libraries, f"libnvrtc.so.{major}", f"nvrtc64_{major}0_0.dll"):
+        try:
+            return ctypes.CDLL(name)
+        except OSError:
+            continue
+    wheel = packages[0] if packages else f"nvidia-cuda-nvrtc-cu{major}"
+    raise OSError(f"Install NVIDIA's run-time compiler (pip install {wheel}).")
+
+
+def _cached(source: Path, suffix: str, build: Callable[[Path], None], *key: str) -> Path:
+    """The file that `build` makes of the source, from the cache where it is there and sound."""
+    digest = hashlib.sha256(b"\0".join([source.read_bytes(), *(part.encode() for part in key)]))
+    name = f"{source.stem}-{digest.hexdigest()[:32]}{suffix}"
+    base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    folder = Path(os.environ.get("PNORM_DECAY_CACHE") or Path(base) / "pnorm_decay")
+    if _is_sound(folder / name):
+        return folder / name
+    with tempfile.TemporaryDirectory() as scratch:
+        build(Path(scratch) / name)
+        content = (Path(scratch) / name).read_bytes()
+    for target in (folder / name, Path(_process_folder().name) / name):
+        try:
+            target.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+            with atomic_write(target) as file:
+                # Loaders ignore what follows the file's own end.
+                file.write(content + hashlib.sha256(content).digest())
+            if _is_sound(target):
+                return target
+        except OSError:  # a cache that cannot be written: this process has one of its own
+            continue
+    raise OSError(
+        f"What was compiled can be written neither to {folder} nor to a temporary folder."
+    )
+
+
+def _is_sound(path: Path) -> bool:
+    """Whether the file is there, whole, and the user's own: it is about to be run."""
+    try:
+        if hasattr(os, "getuid") and path.stat().st_uid != os.getuid():
+            return False
+        content = path.read_bytes()
+    except OSError:
+        return False
+    return hashlib.sha256(content[:-CHECKSUM]).digest() == content[-CHECKSUM:]
+
+
+@cache
+def _process_folder() -> tempfile.TemporaryDirectory[str]:
+    """A temporary folder that goes with the process."""
+    return tempfile.TemporaryDirectory(prefix="pnorm_decay-")
+
+
+def _run(command: list[str]) -> str:
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    if done.returncode:
+        raise OSError(
+            f"Install a C compiler with OpenMP (Debian, Ubuntu: apt install gcc); {command[0]} "
+            f"failed: {done.stderr.strip()[-500:]}"
+        )
+    return done.stdout

@@ -1,0 +1,442 @@
+/* One step of Adam or SGD with p-norm weight decay, in one pass over the memory of a list of
+ * tensors: the shrinks Reweighted and Exact of shrink.py, where the notation is, with hold_zeros.
+ *
+ * Plain C for the CPU (OpenMP) and, with the same arithmetic, CUDA for NVRTC: native.py builds it
+ * once a storage type, which STORAGE names: 64 and 32 (double, float), 16 (half), 17 (bfloat16).
+ * The last two are computed in float. */
+
+#ifdef __CUDACC__
+#define INLINE __device__ __forceinline__
+#define RESTRICT __restrict__
+#else
+#include <math.h>
+#define INLINE static inline __attribute__((always_inline))
+#define RESTRICT restrict
+#endif
+
+#if STORAGE == 64
+typedef double real;
+#define ABS fabs
+#define SQRT sqrt
+#define SMALLEST 0x1p-1022 /* the smallest normal number */
+#else
+typedef float real;
+#define ABS fabsf
+#define SQRT sqrtf
+#define SMALLEST 0x1p-126f
+#endif
+
+typedef long long integer;
+typedef union { float value; int bits; } Word;
+
+INLINE int bits_of(float x) { Word word; word.value = x; return word.bits; }
+INLINE float float_of(int bits) { Word word; word.bits = bits; return word.value; }
+
+#if STORAGE == 17
+typedef unsigned short storage;
+INLINE real load(storage x) { return float_of((int)((unsigned)x << 16)); }
+INLINE storage narrow(real x) { /* round to nearest, ties to even; NaN stays NaN */
+  unsigned bits = (unsigned)bits_of(x);
+  unsigned rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
+  return (storage)((bits & 0x7fffffffu) > 0x7f800000u ? 0x7fc0u : rounded);
+}
+#elif STORAGE == 16 && defined(__CUDACC__)
+typedef unsigned short storage;
+INLINE real load(storage x) { float y; asm("cvt.f32.f16 %0, %1;" : "=f"(y) : "h"(x)); return y; }
+INLINE storage narrow(real x) {
+  storage y;
+  asm("cvt.rn.f16.f32 %0, %1;" : "=h"(y) : "f"(x));
+  return y;
+}
+#else
+#if STORAGE == 16
+typedef _Float16 storage;
+#else
+typedef real storage;
+#endif
+INLINE real load(storage x) { return (real)x; }
+INLINE storage narrow(real x) { return (storage)x; }
+#endif
+
+/* Every field of Tensor and Options is 8 bytes: native.py fills them in this order. */
+typedef struct {
+  storage *param;           /* w, updated in place */
+  const storage *grad;      /* the gradient of the loss */
+  storage *first, *second;  /* Adam's moments; first alone is SGD's momentum buffer, else null */
+  storage *largest;         /* AMSGrad's largest second moment, else null */
+  const float *device_step; /* the step's number on a GPU; null where the corrections are given */
+  double correction1, correction2; /* 1 - beta1^step and 1 - beta2^step */
+  integer is_first;         /* whether SGD's momentum begins with this gradient */
+  integer numel;            /* elements of each of them */
+} Tensor;
+
+#define COEFFICIENTS 11
+typedef struct {
+  double lr, beta1, beta2, eps; /* Adam's; SGD: beta1 is the momentum, beta2 the dampening */
+  double p, lambda_p, weight_decay;
+  double limit, branch, slope, offset, coefficients[COEFFICIENTS]; /* of shrink.py's Fit */
+  const float *device_lr, *device_p, *device_lambda_p; /* the value on a GPU, or null */
+  integer rule;                 /* one of enum Rule */
+  integer maximize, nesterov;   /* flags: the gradient's sign; SGD's look ahead */
+  integer exact, hold_zeros;    /* flags: Exact instead of Reweighted; a weight at 0 stays there */
+} Options;
+
+enum Rule { SGD, MOMENTUM, ADAM, AMSGRAD };
+enum Exponent { NO_DECAY, P_HALF, P_ONE, P_THREE_HALVES, P_TWO, P_ANY };
+
+/* What the element-wise loops need of Options, for one tensor at one step. */
+typedef struct {
+  real sign, keep1, blend1, keep2, blend2, look_ahead, own, rate, root_scale, eps;
+  real scale, step, exponent, log_step, threshold, limit, per_branch, slope, offset;
+  real coefficients[COEFFICIENTS];
+  int decay, exact, hold, polish; /* decay: an enum Exponent; polish: Newton steps after the fit */
+} Scalars;
+
+INLINE int exponent_of(double p) {
+  return p == 0.5 ? P_HALF : p == 1 ? P_ONE : p == 1.5 ? P_THREE_HALVES : p == 2 ? P_TWO : P_ANY;
+}
+
+INLINE double correction(double beta, const float *step, double given) {
+#ifdef __CUDACC__ /* in single precision: a thread block waits for it */
+  if (step) return -(double)expm1f(*step * (float)log(beta));
+#endif
+  return given;
+}
+
+INLINE Scalars prepare(const Options *o, const Tensor *t) {
+  Scalars c;
+  double lr = o->device_lr ? (double)*o->device_lr : o->lr;
+  double p = o->device_p ? (double)*o->device_p : o->p;
+  double lambda_p = o->device_lambda_p ? (double)*o->device_lambda_p : o->lambda_p;
+  int adam = o->rule >= ADAM, first = !adam && t->is_first;
+  c.sign = o->maximize ? -1 : 1;
+  c.keep1 = (real)(first ? 0 : o->beta1);
+  c.blend1 = (real)(adam ? 1 - o->beta1 : first ? 1 : 1 - o->beta2);
+  c.keep2 = (real)o->beta2;
+  c.blend2 = (real)(1 - o->beta2);
+  c.look_ahead = (real)(o->nesterov ? o->beta1 : 1);
+  c.own = (real)(o->nesterov ? 1 : 0);
+  c.rate = (real)(adam ? lr / correction(o->beta1, t->device_step, t->correction1) : lr);
+  c.root_scale =
+      (real)(adam ? 1 / sqrt(correction(o->beta2, t->device_step, t->correction2)) : 1);
+  c.eps = (real)o->eps;
+  double scale = 1 / (1 + lr * o->weight_decay), step = lr * lambda_p * scale;
+  c.scale = (real)scale;
+  c.step = (real)step;
+  c.log_step = (real)log2(step);
+  c.exponent = (real)(p < 1e30 ? p - 2 : 1e30); /* finite in float, so that 0 * it is 0 */
+  c.decay = c.step == 0 ? NO_DECAY : exponent_of(p);
+  c.limit = (real)o->limit;
+  /* The moved weight at r = limit, and a little less: near it, the fit decides. */
+  c.threshold = (real)(p < 1 && o->exact ? pow(step / o->limit, 1 / (2 - p)) * (1 - 1e-6) : 0);
+  c.per_branch = (real)(1 / o->branch);
+  c.slope = (real)o->slope;
+  c.offset = (real)o->offset;
+  for (int k = 0; k < COEFFICIENTS; k++) c.coefficients[k] = (real)o->coefficients[k];
+  c.exact = o->exact && c.decay != NO_DECAY;
+  c.hold = (int)o->hold_zeros;
+  c.polish = sizeof(real) == 8 ? 2 : p > 0.98 && p < 1;
+  return c;
+}
+
+#if STORAGE == 64 || defined(__CUDACC__)
+INLINE real log_2(real x) { return log2(x); }
+INLINE real exp_2(real x) { return exp2(x); }
+#else
+/* The C library's log2f and exp2f are calls, which no compiler turns into vector code. These two
+ * are accurate to about 1e-7. Independent halves of each polynomial keep its latency short. */
+INLINE float log_2(float x) { /* x > 0, finite; below the smallest normal number, that number's */
+  const int one = 0x3f800000, half_root = 0x3f3504f3, smallest = 0x00800000; /* 1, sqrt(1/2) */
+  int bits = bits_of(x);
+  bits = (bits > smallest ? bits : smallest) + (one - half_root);
+  float exponent = (float)((bits >> 23) - 127);
+  float f = float_of((bits & 0x7fffff) + half_root) - 1, f2 = f * f, f4 = f2 * f2;
+  float low = (1.442695f - 0.721347199f * f) + (0.480910281f - 0.360716249f * f) * f2;
+  float high = (0.287939048f - 0.238675993f * f) + (0.215213039f - 0.208931961f * f) * f2;
+  return exponent + f * (low + f4 * (high + f4 * 0.129259838f));
+}
+
+INLINE float exp_2(float y) { /* at most 2^128, which is infinity; at least 2^-126 */
+  const float round = 0x1.8p23f; /* adding it leaves no fraction bits */
+  y = y < -126 ? -126 : y;
+  y = y > 128 ? 128 : y;
+  float n = (y + round) - round, f = y - n, f2 = f * f;
+  float low = (1 + 0.693147188f * f) + (0.240226511f + 0.055503571f * f) * f2;
+  float high = 0.00961803081f + 0.00133908674f * f + 0.000154697231f * f2;
+  return float_of(bits_of(low + high * (f2 * f2)) + (int)((unsigned)(int)n << 23));
+}
+#endif
+
+/* 1 / (1 + step |w|^(p-2)) in two parts, because one loop over both is bound by its latency:
+ * the logarithm of step |w|^(p-2) if p is P_ANY, else the factor itself; and its completion. */
+INLINE real factor_begun(real w, int p, real exponent, real step, real log_step) {
+  real x = ABS(w);
+  switch (p) {
+    case P_HALF: /* |w|^(3/2), bounded so that the quotient is not inf / inf */
+      x *= SQRT(x);
+      x = x < (real)1e30 ? x : (real)1e30;
+      return x / (x + step);
+    case P_ONE: return x / (x + step);
+    case P_THREE_HALVES: x = SQRT(x); return x / (x + step);
+    case P_TWO: return 1 / (1 + step);
+    case P_ANY: return exponent * (x == 0 ? (real)-1e30 : log_2(x)) + log_step;
+    default: return 1;
+  }
+}
+INLINE real factor_completed(real y) { return 1 / (1 + exp_2(y)); }
+
+/* The shrink Exact: with r = step |w|^(p-2), the h between 0 and 1 that has h + r h^(p-1) = 1.
+ * As above in parts: r, or its logarithm if p is P_ANY; h. */
+INLINE real ratio_begun(real w, int p, const Scalars *c) {
+  real x = ABS(w);
+  switch (p) {
+    case P_HALF: return c->step / (x * SQRT(x));
+    case P_ONE: return c->step / x;
+    case P_THREE_HALVES: return c->step / SQRT(x);
+    case P_TWO: return c->step;
+    default: return c->exponent * (x == 0 ? (real)-1e30 : log_2(x)) + c->log_step;
+  }
+}
+
+/* h by the fit of shrink.py, up to r = limit; beyond it 0, which is right for p < 1. */
+INLINE real fitted(real r, int p, int below_1, const Scalars *c) {
+  const real *k = c->coefficients;
+  if (p == P_ONE) return r < 1 ? 1 - r : 0;
+  if (p == P_TWO) return 1 / (1 + r);
+  if (p == P_THREE_HALVES) { real z = 2 / (r + SQRT(r * r + 4)); return z * z; }
+  real inside = 1 - r * c->per_branch;
+  real z = below_1 ? SQRT(inside > 0 ? inside : 0) : r;
+  z = c->slope * z + c->offset;
+  real z2 = z * z;
+  real even = k[0] + z2 * (k[2] + z2 * (k[4] + z2 * (k[6] + z2 * (k[8] + z2 * k[10]))));
+  real odd = k[1] + z2 * (k[3] + z2 * (k[5] + z2 * (k[7] + z2 * k[9])));
+  return r <= c->limit ? 1 - r * (even + z * odd) : 0;
+}
+
+/* One Newton step towards the h of a weight that survives. */
+INLINE real polished(real h, real r, const Scalars *c) {
+  real a = c->exponent + 1, safe = h > 0 ? h : 1, other = r * exp_2(a * log_2(safe));
+  return h > 0 ? h - (h + other - 1) / (1 + a * other / safe) : 0;
+}
+
+/* For 1 < p < 2 beyond the limit: Newton's method for log2 h, as in decay.py. */
+INLINE real solved(real r, const Scalars *c) {
+  real a = c->exponent + 1, y = log_2(r < (real)1e37 ? r : (real)1e37), h = y > 0 ? -y / a : 0;
+  for (int k = 0; k < 8; k++) {
+    real one = exp_2(h), other = exp_2(a * h + y), sum = one + other;
+    h -= log_2(sum) * sum / (one + a * other);
+  }
+  return exp_2(h);
+}
+
+/* w - alpha u for element i, after updating its moments. */
+INLINE real moved(const Tensor *t, const Scalars *c, real w, integer i, int rule) {
+  real g = c->sign * load(t->grad[i]);
+  if (rule == SGD) return w - c->rate * g;
+  if (rule == MOMENTUM) {
+    real buffer = c->keep1 * load(t->first[i]) + c->blend1 * g;
+    t->first[i] = narrow(buffer);
+    return w - c->rate * (c->own * g + c->look_ahead * buffer);
+  }
+  real m = load(t->first[i]), v = load(t->second[i]);
+  m += c->blend1 * (g - m);
+  v = c->keep2 * v + c->blend2 * g * g;
+  t->first[i] = narrow(m);
+  t->second[i] = narrow(v);
+  if (rule == AMSGRAD) {
+    real largest = load(t->largest[i]);
+    v = largest >= v ? largest : v;
+    t->largest[i] = narrow(v);
+  }
+  return w - c->rate * (m / (SQRT(v) * c->root_scale + c->eps));
+}
+
+INLINE storage flushed(real w) { /* no subnormal weight: some CPUs crawl */
+  return narrow(ABS(w) < SMALLEST ? 0 : w);
+}
+
+#ifdef __CUDACC__
+
+#define TENSORS 40 /* what fits into a kernel's 4 KiB of arguments */
+#define BLOCK 4096 /* elements a thread block; native.py knows both numbers */
+
+typedef struct {
+  Options options;
+  integer count, first_block[TENSORS];
+  Tensor tensors[TENSORS];
+} Launch;
+
+extern "C" __global__ void step_cuda(const Launch launch) {
+  __shared__ Scalars shared;
+  int j = 0;
+  while (j + 1 < launch.count && launch.first_block[j + 1] <= blockIdx.x) j++;
+  const Tensor *t = &launch.tensors[j];
+  if (threadIdx.x == 0) shared = prepare(&launch.options, t);
+  __syncthreads();
+  const Scalars c = shared;
+  integer begin = (blockIdx.x - launch.first_block[j]) * BLOCK;
+  integer end = begin + BLOCK < t->numel ? begin + BLOCK : t->numel;
+  for (integer i = begin + threadIdx.x; i < end; i += blockDim.x) {
+    real w = load(t->param[i]), factor = c.hold && w == 0 ? 0 : 1;
+    if (!c.exact) {
+      real y = factor_begun(w, c.decay, c.exponent, c.step, c.log_step);
+      factor *= c.decay == P_ANY ? factor_completed(y) : y;
+    }
+    switch (launch.options.rule) {
+      case SGD: w = moved(t, &c, w, i, SGD); break;
+      case MOMENTUM: w = moved(t, &c, w, i, MOMENTUM); break;
+      case ADAM: w = moved(t, &c, w, i, ADAM); break;
+      default: w = moved(t, &c, w, i, AMSGRAD);
+    }
+    if (c.exact) {
+      w *= c.scale * factor;
+      real r = ratio_begun(w, c.decay, &c);
+      if (c.decay == P_ANY) r = exp_2(r);
+      real h = fitted(r, c.decay, c.exponent < -1, &c);
+      if (c.decay <= P_HALF || c.decay == P_ANY) {
+        if (c.exponent > -1 && r > c.limit) h = solved(r, &c);
+        else for (int k = 0; k < c.polish; k++) h = polished(h, r, &c);
+      }
+      t->param[i] = flushed(w * h);
+    } else {
+      t->param[i] = flushed(w * (c.scale * factor));
+    }
+  }
+}
+
+#else
+
+#define BLOCK 256 /* elements whose factors stay in the fastest cache */
+#define CHUNK 32 /* elements that take the long way together */
+
+/* A loop for each constant `value`: inside, the compiler sees no branch. */
+#define CASE(value, loop) case value: { enum { K = value }; loop } break;
+
+static void factors(const storage *RESTRICT w, real *RESTRICT f, int n, int p, real exponent,
+                    real step, real log_step) {
+#define LOOP _Pragma("omp simd") \
+  for (int i = 0; i < n; i++) f[i] = factor_begun(load(w[i]), K, exponent, step, log_step);
+  switch (p) {
+    CASE(NO_DECAY, LOOP) CASE(P_HALF, LOOP) CASE(P_ONE, LOOP) CASE(P_THREE_HALVES, LOOP)
+    CASE(P_TWO, LOOP) CASE(P_ANY, LOOP)
+  }
+#undef LOOP
+  if (p == P_ANY)
+    for (int i = 0; i < n; i++) f[i] = factor_completed(f[i]);
+}
+
+#if defined(__AVX512F__) && STORAGE != 64
+#include <immintrin.h>
+typedef __mmask16 Mask; /* 16 flags */
+/* Moves those of n weights v that are not below the threshold to the front; returns their number,
+ * rounded up to whole vectors, and in `kept` where they came from. Zeros follow the last. */
+static int packed(float *v, int n, float threshold, Mask *kept) {
+  int m = 0;
+  for (int i = n; i < (n + 15) / 16 * 16; i++) v[i] = 0;
+  for (int i = 0; i < n; i += 16) {
+    __m512 x = _mm512_loadu_ps(v + i);
+    kept[i / 16] = _mm512_cmp_ps_mask(_mm512_abs_ps(x), _mm512_set1_ps(threshold), _CMP_NLE_UQ);
+    _mm512_storeu_ps(v + m, _mm512_maskz_compress_ps(kept[i / 16], x));
+    m += __builtin_popcount(kept[i / 16]);
+  }
+  int whole = (m + 15) / 16 * 16;
+  for (int i = m; i < whole; i++) v[i] = 0;
+  return whole;
+}
+/* The reverse, into n elements of `spread`; 0 where nothing was kept. */
+static void unpacked(const float *v, float *spread, int n, const Mask *kept) {
+  for (int i = 0; i < n; v += __builtin_popcount(kept[i / 16]), i += 16)
+    _mm512_storeu_ps(spread + i, _mm512_maskz_expand_ps(kept[i / 16], _mm512_loadu_ps(v)));
+}
+#else /* nothing that pays: all weights are computed */
+typedef char Mask;
+static int packed(real *v, int n, real threshold, Mask *kept) {
+  (void)v, (void)threshold, (void)kept;
+  return n;
+}
+static void unpacked(const real *v, real *spread, int n, const Mask *kept) {
+  (void)kept;
+  for (int i = 0; i < n; i++) spread[i] = v[i];
+}
+#endif
+
+/* The exact shrink of the moved weights of one block, which are scaled already. */
+static void shrink_exactly(real *RESTRICT v, real *RESTRICT spread, int block, const Scalars *c) {
+  real r[BLOCK], h[BLOCK];
+  Mask kept[BLOCK / 16];
+  int n = packed(v, block, c->threshold, kept);
+  int p = c->decay, fits = p == P_HALF || p == P_ANY, below_1 = c->exponent < -1;
+#define LOOP _Pragma("omp simd") for (int i = 0; i < n; i++) r[i] = ratio_begun(v[i], K, c);
+  switch (p) {
+    CASE(P_HALF, LOOP) CASE(P_ONE, LOOP) CASE(P_THREE_HALVES, LOOP) CASE(P_TWO, LOOP)
+    CASE(P_ANY, LOOP)
+  }
+#undef LOOP
+  if (p == P_ANY)
+    for (int i = 0; i < n; i++) r[i] = exp_2(r[i]);
+#define LOOP _Pragma("omp simd") for (int i = 0; i < n; i++) h[i] = fitted(r[i], K, 1, c);
+  if (p == P_ANY && !below_1)
+    _Pragma("omp simd") for (int i = 0; i < n; i++) h[i] = fitted(r[i], P_ANY, 0, c);
+  else
+    switch (p) {
+      CASE(P_HALF, LOOP) CASE(P_ONE, LOOP) CASE(P_THREE_HALVES, LOOP) CASE(P_TWO, LOOP)
+      CASE(P_ANY, LOOP)
+    }
+#undef LOOP
+  for (int k = 0; fits && k < c->polish; k++)
+    _Pragma("omp simd") for (int i = 0; i < n; i++) h[i] = polished(h[i], r[i], c);
+  /* Beyond the fit, for 1 < p < 2, are only weights that become very small: by CHUNK of them. */
+  for (int begin = 0; fits && !below_1 && begin < n; begin += CHUNK) {
+    int end = begin + CHUNK < n ? begin + CHUNK : n, beyond = 0;
+    for (int i = begin; i < end; i++) beyond |= (r[i] > c->limit) & (v[i] != 0);
+    if (beyond)
+      _Pragma("omp simd") for (int i = begin; i < end; i++)
+        h[i] = r[i] > c->limit ? solved(r[i], c) : h[i];
+  }
+  for (int i = 0; i < n; i++) v[i] *= h[i];
+  unpacked(v, spread, block, kept);
+}
+
+static void step_block(const Tensor *t, const Scalars *c, integer begin, int n, int rule) {
+  real f[BLOCK], v[BLOCK + 16], shrunk[BLOCK];
+  storage *param = t->param + begin;
+  if (!c->exact) {
+    factors(param, f, n, c->decay, c->exponent, c->step, c->log_step);
+    if (c->hold)
+      for (int i = 0; i < n; i++) f[i] = load(param[i]) == 0 ? 0 : f[i];
+#define LOOP _Pragma("omp simd") \
+  for (int i = 0; i < n; i++) \
+    param[i] = flushed(moved(t, c, load(param[i]), begin + i, K) * (c->scale * f[i]));
+    switch (rule) { CASE(SGD, LOOP) CASE(MOMENTUM, LOOP) CASE(ADAM, LOOP) CASE(AMSGRAD, LOOP) }
+#undef LOOP
+    return;
+  }
+#define LOOP _Pragma("omp simd") \
+  for (int i = 0; i < n; i++) v[i] = moved(t, c, load(param[i]), begin + i, K) * c->scale;
+  switch (rule) { CASE(SGD, LOOP) CASE(MOMENTUM, LOOP) CASE(ADAM, LOOP) CASE(AMSGRAD, LOOP) }
+#undef LOOP
+  if (c->hold)
+    for (int i = 0; i < n; i++) v[i] *= load(param[i]) == 0 ? 0 : 1;
+  shrink_exactly(v, shrunk, n, c);
+  for (int i = 0; i < n; i++) param[i] = flushed(shrunk[i]);
+}
+
+#define GRAIN 32768 /* elements below which starting a thread costs more than it saves */
+
+void step_cpu(const Tensor *tensors, integer count, const Options *options, int threads) {
+  integer total = 0;
+  for (integer j = 0; j < count; j++) total += tensors[j].numel;
+  if (total < GRAIN) threads = 1;
+#pragma omp parallel num_threads(threads) if (threads > 1)
+  for (integer j = 0; j < count; j++) {
+    const Tensor t = tensors[j];
+    const Scalars c = prepare(options, &t);
+    /* Without a barrier between tensors, a thread that the system holds up delays no other. */
+#pragma omp for schedule(static) nowait
+    for (integer begin = 0; begin < t.numel; begin += BLOCK)
+      step_block(&t, &c, begin, (int)(begin + BLOCK < t.numel ? BLOCK : t.numel - begin),
+                 (int)options->rule);
+  }
+}
+
+#endif

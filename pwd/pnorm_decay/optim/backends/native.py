@@ -1,0 +1,248 @@
+"""The step in compiled code: one pass over parameter, gradient and moments, by fused.c."""
+
+import ctypes
+import itertools
+import os
+import struct
+import subprocess
+import warnings
+from collections.abc import Callable, Iterator
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from pnorm_decay.compiler import cuda_code, shared_library
+from pnorm_decay.optim.backends import reference
+from pnorm_decay.optim.layout import Slot
+from pnorm_decay.optim.options import Group
+from pnorm_decay.optim.rules import AdamRule, Rule
+from pnorm_decay.optim.shrink import Exact, Reweighted, Shrink, fit
+
+__all__ = ["Kernel", "Options", "kernel", "run", "supports"]
+
+SOURCE = Path(__file__).with_name("fused.c")
+STORAGE = {torch.float64: 64, torch.float32: 32, torch.float16: 16, torch.bfloat16: 17}
+
+# As in fused.c.
+RECORD = struct.Struct("6q2d2q")  # the struct Tensor
+COEFFICIENTS = 11
+CUDA_TENSORS = 40
+CUDA_BLOCK = 4096
+CUDA_THREADS = 512
+
+DOUBLES = ("lr", "beta1", "beta2", "eps", "p", "lambda_p", "weight_decay")
+INTEGERS = ("rule", "maximize", "nesterov", "exact", "hold_zeros")
+Record = tuple[Any, ...]  # the fields of one struct Tensor, numel last
+
+
+class Options(ctypes.Structure):
+    """The options of one group, as in fused.c."""
+
+    _fields_ = (
+        *((name, ctypes.c_double) for name in DOUBLES),
+        *((name, ctypes.c_double) for name in ("limit", "branch", "slope", "offset")),
+        ("coefficients", ctypes.c_double * COEFFICIENTS),
+        *((f"device_{name}", ctypes.c_void_p) for name in ("lr", "p", "lambda_p")),
+        *((name, ctypes.c_int64) for name in INTEGERS),
+    )
+
+
+Kernel = Callable[[list[Record], Options], None]
+
+
+class _Launch(ctypes.Structure):
+    _fields_ = (
+        ("options", Options),
+        ("count", ctypes.c_int64),
+        ("first_block", ctypes.c_int64 * CUDA_TENSORS),
+        ("tensors", ctypes.c_char * (RECORD.size * CUDA_TENSORS)),
+    )
+
+
+def supports(shrink: Shrink) -> bool:
+    """Whether fused.c knows the decay; one with a delay of s it does not."""
+    return type(shrink) in (Reweighted, Exact)
+
+
+def run(slots: list[Slot], rule: Rule, shrink: Shrink, group: Group, kernel: Kernel) -> None:
+    """Does one step of flat tensors of the kernel's device and dtype."""
+    if not slots:
+        return
+    on_device: list[Tensor] = []  # kept until the kernel is launched
+    device = slots[0].param.device
+    options = Options(weight_decay=shrink.weight_decay, hold_zeros=shrink.hold_zeros, branch=1)
+    for name, value in (("lr", shrink.alpha), ("p", shrink.p), ("lambda_p", shrink.lambda_p)):
+        if isinstance(value, Tensor) and device.type != "cpu":
+            on_device.append(value.to(device, torch.float32, non_blocking=True))
+            setattr(options, f"device_{name}", on_device[-1].data_ptr())
+        else:
+            setattr(options, name, float(value))
+    options.maximize = group["maximize"]
+    for name, value in rule.native_options(group).items():
+        setattr(options, name, value)
+    if isinstance(shrink, Exact):
+        options.exact = True
+        fitted = fit(shrink.p)
+        options.limit, options.branch, options.slope, options.offset = fitted[:4]
+        options.coefficients[:] = fitted.coefficients
+    betas = options.beta1, options.beta2
+    names = (*rule.moments, None, None)[:3]
+    corrections: dict[int, tuple[float, ...]] = {}  # nearly always of one step
+    records = []
+    for slot in slots:
+        state, step, device_step = slot.state, slot.step, 0
+        if isinstance(step, Tensor) and not step.is_cpu:
+            on_device.append(step.float())
+            device_step, step = on_device[-1].data_ptr(), 1
+        step = int(step)
+        if step not in corrections:
+            corrections[step] = tuple(1 - beta**step for beta in betas)
+        records.append(
+            (
+                slot.param.data_ptr(),
+                slot.grad.data_ptr(),
+                *(state[name].data_ptr() if name in state else 0 for name in names),
+                device_step,
+                *corrections[step],
+                slot.is_first,
+                slot.param.numel(),
+            )
+        )
+    kernel(records, options)
+    # Autograd's version counters, which torch's fused AdamW leaves alone: it is nearly free.
+    torch.autograd.graph.increment_version([slot.param for slot in slots])
+
+
+@cache
+def kernel(device: torch.device, dtype: torch.dtype) -> Kernel | None:
+    """The compiled step for tensors of one device and type.
+
+    It is compared with the reference on a few thousand elements before it is used.
+
+    Args:
+        device: where the tensors are.
+        dtype: their type.
+
+    Returns:
+        A function of the records of the tensors and of `Options`; None where there is none for this
+        device or type, after a warning if something is wrong or missing.
+    """
+    if device.type not in ("cpu", "cuda") or dtype not in STORAGE or torch.version.hip:
+        return None
+    build = _cpu_kernel if device.type == "cpu" else _cuda_kernel
+    try:
+        built = build(STORAGE[dtype], device)
+        compare_with_reference(built, device, dtype)
+    except (OSError, subprocess.SubprocessError, RuntimeError) as error:
+        _warn_once(
+            f"p-norm weight decay runs without its fused step on {device.type}, several times "
+            f"slower, because that could not be built. {error}"
+        )
+        return None
+    return built
+
+
+@cache
+def _warn_once(message: str) -> None:
+    warnings.warn(message, stacklevel=3)
+
+
+@torch.no_grad()
+def compare_with_reference(kernel: Kernel, device: torch.device, dtype: torch.dtype) -> None:
+    """Raises RuntimeError if a kernel differs from the definition by more than rounding."""
+    rule = AdamRule()
+    group = {"amsgrad": False, "betas": (0.9, 0.99), "eps": 1e-8, "maximize": False}
+    grid = torch.linspace(-1, 1, 4099, dtype=torch.float64, device=device)
+    tensors = {"param": grid**3, "grad": (grid * 37).sin(), "exp_avg": grid / 3}
+    tensors["exp_avg_sq"] = grid**2
+    for shrink in (
+        Reweighted(0.5, 0.1, 0.3, 0.2),
+        Reweighted(0.8, 0.1, 0.3, hold_zeros=True),
+        Exact(0.5, 0.1, 0.3),
+        Exact(0.8, 0.1, 0.3, 0.2, hold_zeros=True),
+        Exact(1.3, 0.1, 0.3),
+    ):
+        slots = []
+        for _ in range(2):
+            own = {name: tensor.to(dtype, copy=True) for name, tensor in tensors.items()}
+            slots.append(Slot(own.pop("param"), own.pop("grad"), own, 3, False))
+        run(slots[:1], rule, shrink, group, kernel)
+        reference.run(slots[1], rule, shrink, group)
+        rounding = max(torch.finfo(dtype).eps, torch.finfo(torch.float32).eps)
+        difference = (slots[0].param.double() - slots[1].param.double()).abs()
+        # At its threshold the exact step jumps, and rounding decides to which side.
+        wrong = int((difference > 200 * rounding * tensors["param"].abs().add(0.1)).sum())
+        if wrong > 8:
+            raise RuntimeError(
+                f"The compiled step is wrong: {wrong} of {len(grid)} {dtype} weights differ from "
+                f"the reference by up to {float(difference.max()):.2g} for {shrink}."
+            )
+
+
+def _cpu_kernel(storage: int, device: torch.device) -> Kernel:
+    library = shared_library(SOURCE, f"-DSTORAGE={storage}")
+
+    def step(records: list[Record], options: Options) -> None:
+        library.step_cpu(
+            b"".join([RECORD.pack(*record) for record in records]),
+            ctypes.c_int64(len(records)),
+            ctypes.byref(options),
+            torch.get_num_threads(),
+        )
+
+    return step
+
+
+def _cuda_kernel(storage: int, device: torch.device) -> Kernel:
+    index = torch.cuda.current_device() if device.index is None else device.index
+    code = cuda_code(SOURCE, torch.cuda.get_device_capability(index), f"-DSTORAGE={storage}")
+    driver = ctypes.CDLL("nvcuda.dll" if os.name == "nt" else "libcuda.so.1")
+    handle, context = ctypes.c_int(), ctypes.c_void_p()
+    module, function = ctypes.c_void_p(), ctypes.c_void_p()
+
+    def call(name: str, *arguments: Any) -> None:
+        error = getattr(driver, name)(*arguments)
+        if error:
+            raise RuntimeError(f"The CUDA driver's {name} returned error {error}.")
+
+    def in_context(*calls: tuple[Any, ...]) -> None:
+        # A thread that has not used CUDA yet has no driver context.
+        call("cuCtxPushCurrent_v2", context)
+        try:
+            for one in calls:
+                call(*one)
+        finally:
+            call("cuCtxPopCurrent_v2", ctypes.byref(ctypes.c_void_p()))
+
+    call("cuInit", 0)
+    call("cuDeviceGet", ctypes.byref(handle), index)
+    call("cuDevicePrimaryCtxRetain", ctypes.byref(context), handle)  # for the process's life
+    in_context(
+        ("cuModuleLoadData", ctypes.byref(module), code),
+        ("cuModuleGetFunction", ctypes.byref(function), module, b"step_cuda"),
+    )
+
+    def step(records: list[Record], options: Options) -> None:
+        stream = ctypes.c_void_p(torch.cuda.current_stream(index).cuda_stream)
+        for arguments, blocks in cuda_launches(records, options):
+            pointers = (ctypes.c_void_p * 1)(ctypes.addressof(arguments))
+            sizes = (blocks, 1, 1, CUDA_THREADS, 1, 1, 0)
+            in_context(("cuLaunchKernel", function, *sizes, stream, pointers, None))
+
+    return step
+
+
+def cuda_launches(records: list[Record], options: Options) -> Iterator[tuple[_Launch, int]]:
+    """The kernel launches of one step: each one's argument and its number of thread blocks."""
+    filled = [record for record in records if record[-1]]
+    for start in range(0, len(filled), CUDA_TENSORS):
+        part = filled[start : start + CUDA_TENSORS]
+        ends = list(itertools.accumulate(-(-record[-1] // CUDA_BLOCK) for record in part))
+        launch = _Launch(options, len(part))
+        launch.first_block[: len(part)] = [0, *ends[:-1]]
+        packed = b"".join([RECORD.pack(*record) for record in part])
+        ctypes.memmove(ctypes.addressof(launch) + _Launch.tensors.offset, packed, len(packed))
+        yield launch, ends[-1]
