@@ -19,12 +19,13 @@ from collections.abc import Callable
 from functools import cache
 from importlib import import_module, metadata
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from pnorm_decay.files import atomic_write
 
-__all__ = ["cuda_code", "shared_library"]
+__all__ = ["cuda_code", "cuda_function", "shared_library"]
 
 # No -ffast-math: it would let the compiler assume that there is no NaN, and with some compilers
 # it switches the whole process to flushing subnormal numbers.
@@ -58,6 +59,63 @@ def shared_library(source: Path, *flags: str) -> ctypes.CDLL:
         _run([*command, "-shared", "-fPIC", str(source), "-o", str(target), "-lm"])
 
     return ctypes.CDLL(str(_cached(source, ".so", build, *command, macros)))
+
+
+Launch = Callable[[ctypes.Structure, int, int], None]
+
+
+def cuda_function(source: Path, name: bytes, device: torch.device, *flags: str) -> Launch:
+    """Compiles a CUDA source for a GPU and loads one of its kernels.
+
+    Args:
+        source: the file.
+        name: the kernel's, declared `extern "C"`; it takes one struct by value.
+        device: the GPU.
+        flags: more flags for the compiler, such as definitions.
+
+    Returns:
+        A function of the kernel's argument, the number of thread blocks and that of the threads of
+        each, which launches it on the device's current stream.
+
+    Raises:
+        OSError: NVRTC or the driver is not installed.
+        RuntimeError: the source does not compile, or the driver returned an error.
+    """
+    index = torch.cuda.current_device() if device.index is None else device.index
+    code = cuda_code(source, torch.cuda.get_device_capability(index), *flags)
+    driver = ctypes.CDLL("nvcuda.dll" if os.name == "nt" else "libcuda.so.1")
+    handle, context = ctypes.c_int(), ctypes.c_void_p()
+    module, function = ctypes.c_void_p(), ctypes.c_void_p()
+
+    def call(name: str, *arguments: Any) -> None:
+        error = getattr(driver, name)(*arguments)
+        if error:
+            raise RuntimeError(f"The CUDA driver's {name} returned error {error}.")
+
+    def in_context(*calls: tuple[Any, ...]) -> None:
+        # A thread that has not used CUDA yet has no driver context.
+        call("cuCtxPushCurrent_v2", context)
+        try:
+            for one in calls:
+                call(*one)
+        finally:
+            call("cuCtxPopCurrent_v2", ctypes.byref(ctypes.c_void_p()))
+
+    call("cuInit", 0)
+    call("cuDeviceGet", ctypes.byref(handle), index)
+    call("cuDevicePrimaryCtxRetain", ctypes.byref(context), handle)  # for the process's life
+    in_context(
+        ("cuModuleLoadData", ctypes.byref(module), code),
+        ("cuModuleGetFunction", ctypes.byref(function), module, name),
+    )
+
+    def launch(argument: ctypes.Structure, blocks: int, threads: int) -> None:
+        stream = ctypes.c_void_p(torch.cuda.current_stream(index).cuda_stream)
+        pointers = (ctypes.c_void_p * 1)(ctypes.addressof(argument))
+        sizes = (blocks, 1, 1, threads, 1, 1, 0)
+        in_context(("cuLaunchKernel", function, *sizes, stream, pointers, None))
+
+    return launch
 
 
 def cuda_code(source: Path, capability: tuple[int, int], *flags: str) -> bytes:

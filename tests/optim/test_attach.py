@@ -144,3 +144,29 @@ def test_bad_values_are_named(options: dict[str, Any], message: str) -> None:
     _, optimizer = make("Adam")
     with pytest.raises(ValueError, match=message):
         attach_pnorm_decay(optimizer, **{"p": 1.0, "lambda_p": 1.0, **options})
+
+
+def test_decay_is_attached_once() -> None:
+    _, optimizer = make("Adam")
+    decay = attach_pnorm_decay(optimizer, p=0.8, lambda_p=0.5)
+    with pytest.raises(ValueError, match="Adam has p-norm weight decay already"):
+        attach_pnorm_decay(optimizer, p=0.8, lambda_p=0.5)
+    decay.detach()
+    attach_pnorm_decay(optimizer, p=0.8, lambda_p=0.5)
+    own = AdamPWD([Parameter(torch.ones(2))], p=0.8, lambda_p=0.5)
+    with pytest.raises(ValueError, match="AdamPWD has p-norm weight decay already"):
+        attach_pnorm_decay(own, p=0.8, lambda_p=0.5)
+
+
+@pytest.mark.parametrize("p", [0.5, 0.8, 1, 1.5])
+def test_exactly_it_is_what_adampwd_does(p: float) -> None:
+    values = torch.linspace(-1, 1, 60).reshape(6, 10).double()
+    attached, fused = Parameter(values.clone()), Parameter(values.clone())
+    first = torch.optim.Adam([attached], lr=0.1)
+    attach_pnorm_decay(first, p=p, lambda_p=1.0, exact=True)
+    second = AdamPWD([fused], lr=0.1, p=p, lambda_p=1.0, exact=True)
+    attached.grad = fused.grad = values.flip(0)
+    first.step()
+    second.step()
+    torch.testing.assert_close(attached, fused)
+    assert (attached == 0).equal(fused == 0)

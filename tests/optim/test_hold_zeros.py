@@ -95,9 +95,7 @@ def test_a_sparse_network_is_fine_tuned() -> None:
     torch.manual_seed(0)
     inputs = torch.randn(128, 10)
     targets = (inputs[:, 0] > 0).long()
-    model = torch.nn.Sequential(
-        torch.nn.Linear(10, 32), torch.nn.ReLU(), torch.nn.Linear(32, 2)
-    )
+    model = torch.nn.Sequential(torch.nn.Linear(10, 32), torch.nn.ReLU(), torch.nn.Linear(32, 2))
     optimizer = AdamPWD(param_groups(model, p=0.8, lambda_p=0.3), lr=1e-2)
 
     def loss() -> torch.Tensor:

@@ -10,7 +10,7 @@ from torch import nn
 from torch.nn import Parameter
 
 from optim.pwd_oracle import make_parameters, set_gradients
-from pnorm_decay import SGDPWD, AdamPWD, attach_pnorm_decay
+from pnorm_decay import SGDPWD, AdamPWD, attach_pnorm_decay, param_groups
 
 CLASSES = [AdamPWD, SGDPWD]
 HOW: list[dict[str, Any]] = [{}, {"foreach": False}, {"foreach": True}, {"fused": True}]
@@ -338,3 +338,109 @@ def test_complex_parameters_are_refused_unless_undecayed(make: Callable[..., Any
     make([ours], 0.0).step()
     torch.optim.Adam([theirs], lr=0.1).step()
     assert torch.equal(ours, theirs)
+
+
+# What a user may meet once.
+
+
+@pytest.mark.parametrize("how", HOW)
+@pytest.mark.parametrize("cls", CLASSES)
+def test_p_and_lambda_p_may_be_tensors(cls: Any, how: dict[str, Any]) -> None:
+    left, right = make_parameters(torch.float64), make_parameters(torch.float64)
+    strength, exponent = torch.tensor(0.25), torch.tensor(0.75)
+    train(cls(left, lr=0.01, p=exponent, lambda_p=strength, **how), left, steps=3)
+    train(cls(right, lr=0.01, p=0.75, lambda_p=0.25, **how), right, steps=3)
+    for a, b in zip(left, right, strict=True):
+        torch.testing.assert_close(a, b)
+
+
+@pytest.mark.parametrize("how", HOW)
+@pytest.mark.parametrize("lambda_p", [0.0, 0.1])
+def test_a_tensor_learning_rate_whatever_the_decay(lambda_p: float, how: dict[str, Any]) -> None:
+    for cls in CLASSES:
+        left, right = make_parameters(torch.float64), make_parameters(torch.float64)
+        train(cls(left, lr=torch.tensor(0.25), p=0.5, lambda_p=lambda_p, **how), left, steps=3)
+        train(cls(right, lr=0.25, p=0.5, lambda_p=lambda_p, **how), right, steps=3)
+        for a, b in zip(left, right, strict=True):
+            torch.testing.assert_close(a, b)
+
+
+@pytest.mark.parametrize("how", HOW)
+@pytest.mark.parametrize("lambda_p", [0.0, 0.1])
+def test_a_gradient_with_its_sign_in_a_bit(lambda_p: float, how: dict[str, Any]) -> None:
+    if not lambda_p and how.get("fused"):
+        pytest.skip("torch's fused step refuses it")
+    weights = []
+    for sign in (torch._neg_view, torch.neg):
+        param = Parameter(torch.ones(3, 3))
+        optimizer = AdamPWD([param], lr=0.1, p=0.8, lambda_p=lambda_p, **how)
+        param.grad = sign(torch.ones(3, 3))
+        optimizer.step()
+        weights.append(param)
+    assert (weights[0] > 1).all() or lambda_p
+    assert torch.equal(*weights)
+
+
+@pytest.mark.parametrize("cls", CLASSES)
+def test_what_is_wrong_is_said_before_what_is_missing(cls: Any) -> None:
+    with pytest.raises(ValueError, match="Invalid lr: -1"):
+        cls([Parameter(torch.ones(2))], lr=-1.0)
+    with pytest.raises(ValueError, match=r"Invalid p: '0\.8'"):
+        cls([Parameter(torch.ones(2))], lr=0.1, p="0.8", lambda_p=0.1)
+    with pytest.raises(ValueError, match=r"Invalid reweight_every: 2\.0"):
+        cls([Parameter(torch.ones(2))], lr=0.1, p=0.8, lambda_p=0.1, reweight_every=2.0)
+    with pytest.raises(ValueError, match=r"Invalid p: 2\.5 .*exact"):
+        cls([Parameter(torch.ones(2))], lr=0.1, p=2.5, lambda_p=0.1, exact=True)
+    for option in ({"reweight_every": 2}, {"auxiliary_beta": 0.5}):
+        with pytest.raises(RuntimeError, match=f"`exact` and `{next(iter(option))}`"):
+            cls([Parameter(torch.ones(2))], lr=0.1, p=0.8, lambda_p=0.1, exact=True, **option)
+
+
+@pytest.mark.parametrize("cls", CLASSES)
+def test_a_parameter_that_is_twice_in_a_group_is_refused(cls: Any) -> None:
+    param = Parameter(torch.ones(2, 2))
+    with (
+        pytest.warns(UserWarning, match="duplicate parameters"),
+        pytest.raises(ValueError, match="twice in one parameter group"),
+    ):
+        cls([param, param], lr=0.1, p=0.8, lambda_p=0.1)
+
+
+def test_lazy_weights_wait_for_their_first_batch() -> None:
+    model = nn.Sequential(nn.Linear(4, 3), nn.LazyLinear(2))
+    with pytest.raises(ValueError, match=r"1\.weight.* forward pass"):
+        param_groups(model, p=0.8, lambda_p=0.1)
+    optimizer = AdamPWD(model.parameters(), p=0.8, lambda_p=0.1)
+    optimizer.step()  # nothing has a gradient yet
+    model(torch.ones(5, 4)).sum().backward()
+    optimizer.step()
+    assert len(optimizer.state) == 4
+    assert len(param_groups(model, p=0.8, lambda_p=0.1)[0]["params"]) == 2
+
+
+@pytest.mark.parametrize("cls", CLASSES)
+def test_a_capture_needs_capturable(cls: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    param = Parameter(torch.ones(2, 2))
+    param.grad = torch.ones_like(param)
+    optimizers = [
+        cls([param], lr=0.1, p=0.8, lambda_p=0.1, capturable=capturable)
+        for capturable in (False, True)
+    ]
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    with pytest.raises(RuntimeError, match=r"graph capture of step.* capturable is False"):
+        optimizers[0].step()
+    assert torch.equal(param, torch.ones(2, 2))
+    optimizers[1].step()
+    assert (param < 1).all()
+
+
+@pytest.mark.parametrize("how", HOW)
+def test_autograds_version_counter_sees_the_step(how: dict[str, Any]) -> None:
+    param = Parameter(torch.ones(2, 2))
+    optimizer = AdamPWD([param], p=0.8, lambda_p=0.1, **how)
+    saved = (param * param).sum()  # its gradient needs the weight as it was
+    param.grad = torch.ones_like(param)
+    optimizer.step()
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        saved.backward()

@@ -143,3 +143,17 @@ def test_state_on_another_number_of_groups_is_torchs_error() -> None:
     state["param_groups"] *= 2
     with pytest.raises(ValueError, match="different number of parameter groups"):
         optimizer.load_state_dict(state)
+
+
+@pytest.mark.parametrize("how", HOW)
+def test_a_checkpoint_of_an_old_torch_counts_steps_in_numbers(how: dict[str, Any]) -> None:
+    params = make_parameters()
+    old = torch.optim.Adam(params)
+    train(old, params)
+    state = copy.deepcopy(old.state_dict())
+    for own in state["state"].values():
+        own["step"] = int(own["step"])
+    new = AdamPWD(params, p=0.7, lambda_p=0.1, **how)
+    new.load_state_dict(state)
+    train(new, params, start=5)
+    assert all(new.state[param]["step"] == 10 for param in params)

@@ -7,7 +7,8 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from pnorm_decay.optim.base import PNormDecayOptimizer, refuse_complex, warn_of_stuck
+from pnorm_decay.optim.base import PNormDecayOptimizer
+from pnorm_decay.optim.guards import refuse_complex, warn_of_stuck
 from pnorm_decay.optim.layout import flush_subnormal, local, widened
 from pnorm_decay.optim.options import Group, check
 from pnorm_decay.optim.shrink import Exact, Reweighted, Shrink

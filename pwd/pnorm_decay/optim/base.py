@@ -1,6 +1,5 @@
 """What AdamPWD and SGDPWD share: guard rails, and a step made of a rule, a shrink, a backend."""
 
-import warnings
 from collections.abc import Callable
 from itertools import chain
 from typing import Any
@@ -12,6 +11,7 @@ from torch.optim.optimizer import ParamsT
 
 from pnorm_decay.decay import shrink_factor
 from pnorm_decay.optim import backends, op
+from pnorm_decay.optim.guards import refuse_complex, warn_of_stuck
 from pnorm_decay.optim.layout import Slot, State, check_shapes, local, names_of
 from pnorm_decay.optim.options import Group, Number, check, decays
 from pnorm_decay.optim.rules import Rule
@@ -197,39 +197,3 @@ def count(states: list[State], group: Group) -> list[Number]:
         torch._foreach_add_(steps, 1)
     as_tensors = keeps_tensors(group)
     return [step if as_tensors or not step.is_cpu else int(step.item()) for step in steps]
-
-
-def refuse_complex(params: list[Tensor], owner: str) -> None:
-    """Raises RuntimeError if a parameter is complex."""
-    if any(param.is_complex() for param in params):
-        raise RuntimeError(
-            f"{owner} does not decay complex parameters: put them into a group with lambda_p=0 "
-            "and weight_decay=0"
-        )
-
-
-def warn_of_stuck(
-    params: list[Tensor], group: Group, met_decay: set[int], *, stacklevel: int
-) -> None:
-    """Warns of parameters that decay with p < 2 holds at 0 from the start.
-
-    Args:
-        params: some of the group's parameters.
-        group: their group.
-        met_decay: the ids of parameters that have been looked at, which this one extends.
-        stacklevel: of the warning, which names the line that takes the step.
-    """
-    new = [param for param in params if param.numel() and id(param) not in met_decay]
-    if not new or not (group["hold_zeros"] or (group["lambda_p"] and group["p"] < 2)):
-        return
-    met_decay.update(map(id, new))
-    moves = torch.stack([(local(param) != 0).any().cpu() for param in new]).tolist()
-    stuck = {id(param) for param, moving in zip(new, moves, strict=True) if not moving}
-    names = [n for p, n in zip(group["params"], names_of(group), strict=True) if id(p) in stuck]
-    if names:
-        warnings.warn(
-            "These parameters are entirely zero, and decay with p < 2 or hold_zeros keeps them there: "
-            f"{', '.join(names)}. Leave them undecayed, for instance with "
-            'param_groups(..., zero_init="exclude").',
-            stacklevel=stacklevel,
-        )

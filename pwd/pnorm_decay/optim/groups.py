@@ -4,6 +4,7 @@ from typing import Any
 
 from torch import nn
 from torch.nn import Parameter
+from torch.nn.parameter import is_lazy
 
 __all__ = ["param_groups", "split_decayed"]
 
@@ -22,10 +23,15 @@ def split_decayed(model: nn.Module) -> tuple[NamedParameters, NamedParameters]:
 
     Returns:
         Two lists of (name, parameter), decayed and undecayed, each in the model's order.
+
+    Raises:
+        ValueError: a parameter of a lazy module is not initialised yet.
     """
     decayed: NamedParameters = []
     undecayed: NamedParameters = []
     for name, parameter in model.named_parameters():
+        if is_lazy(parameter):
+            raise ValueError(f"{name} has no shape yet: do a forward pass first")
         decays = parameter.requires_grad and parameter.ndim >= 2
         (decayed if decays else undecayed).append((name, parameter))
     return decayed, undecayed
@@ -50,7 +56,8 @@ def param_groups(
         one with `weight_decay = 0` and `hold_zeros = False`, too.
 
     Raises:
-        ValueError: zero_init is neither "decay" nor "exclude".
+        ValueError: zero_init is neither "decay" nor "exclude", or a parameter of a lazy module is
+            not initialised yet.
     """
     if zero_init not in ("decay", "exclude"):
         raise ValueError(f'Invalid zero_init: {zero_init!r} (must be "decay" or "exclude")')

@@ -58,8 +58,8 @@ class Rule(ABC):
 def torch_options(params: list[Tensor], group: Group) -> dict[str, Any]:
     """What torch's functions are told of the implementation and of the learning rate.
 
-    With nothing asked for, a CPU takes torch's fused step, which is several times faster there
-    than torch's own choice, where it is right: it takes gradients to lie in memory as parameters do.
+    With nothing asked for, a CPU takes torch's fused step, several times faster there than torch's
+    own choice, where it is right: it takes gradients to lie in memory as parameters do.
     """
     foreach, fused, lr = group["foreach"], group["fused"], group["lr"]
     automatic = foreach is None and fused is None and not group["differentiable"]
@@ -71,8 +71,10 @@ def torch_options(params: list[Tensor], group: Group) -> dict[str, Any]:
 
 
 def _suits_fused(param: Tensor) -> bool:
-    contiguous = param.is_contiguous() and param.grad is not None and param.grad.is_contiguous()
-    return contiguous and param.is_cpu and param.is_floating_point()
+    grad = param.grad
+    if grad is None or not param.is_cpu or not param.is_floating_point():
+        return False
+    return param.is_contiguous() and grad.is_contiguous() and not grad.is_neg()
 
 
 class AdamRule(Rule):

@@ -14,13 +14,12 @@ The denominator `1 + alpha (lambda_p s + weight_decay)` is written as `(1 + step
 """
 
 from dataclasses import dataclass
-from functools import cache
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from pnorm_decay.decay import proximal_factor, shrink_factor, survival_limit
+from pnorm_decay.decay import proximal_factor, shrink_factor
 from pnorm_decay.optim.layout import Slot, flush_subnormal, widened
 from pnorm_decay.optim.options import Group, Number
 
@@ -99,35 +98,3 @@ def shrink_of(group: Group, alpha: Number) -> Shrink:
         return Exact(*common)
     every, beta = group["reweight_every"], group["auxiliary_beta"]
     return Delayed(*common, every, beta) if every > 1 or beta > 0 else Reweighted(*common)
-
-
-class Fit(NamedTuple):
-    """`(1 - h) / r` as a polynomial; h, r, limit and branch as in `proximal_factor`.
-
-    Its variable is `slope x + offset` with `x = sqrt(1 - r / branch)` for `p < 1`, where that
-    root is what keeps h from being smooth, and `x = r` for `p > 1`. Up to `r = limit` it is good to
-    1e-8 for p up to 0.98 and for p from 1.01 on, to 1e-5 elsewhere.
-    """
-
-    limit: float
-    branch: float
-    slope: float
-    offset: float
-    coefficients: tuple[float, ...]  # the highest power last
-
-
-@cache
-def fit(p: float, degree: int = 10) -> Fit:
-    """What the native backend evaluates instead of solving an equation for each weight."""
-    if p == 1 or p == 2:
-        return Fit(1, 1, 1, 0, (0.0,) * (degree + 1))
-    limit, branch = survival_limit(p) if p < 1 else (0.25, 1.0)
-    low, high = ((1 - limit / branch) ** 0.5, 1.0) if p < 1 else (0.0, limit)
-    order = torch.arange(degree + 1, dtype=torch.float64)
-    nodes = torch.cos(torch.pi * (order + 0.5) / (degree + 1))  # Chebyshev's
-    x = low + (high - low) * (nodes + 1) / 2
-    r = branch * (1 - x**2) if p < 1 else x
-    values = (1 - proximal_factor(torch.ones_like(r), p, r)) / r
-    coefficients = torch.linalg.solve(nodes[:, None] ** order, values)
-    slope = 2 / (high - low)
-    return Fit(limit, branch, slope, -1 - slope * low, tuple(coefficients.tolist()))

@@ -107,3 +107,28 @@ def test_it_does_what_the_cpu_kernel_does(
     rounding = {"rtol": 0.02, "atol": 1e-3} if dtype == torch.bfloat16 else {}
     for ours, theirs in zip(actual, expected, strict=True):
         torch.testing.assert_close(ours, theirs, **rounding)
+
+
+@pytest.mark.parametrize("p", [0.5, 0.8, 2])
+def test_numbers_that_lie_on_the_device(
+    emulated: tuple[torch.dtype, native.Kernel], monkeypatch: pytest.MonkeyPatch, p: float
+) -> None:
+    """Step counts, lr, p and lambda_p behind pointers, as in a CUDA graph."""
+    dtype, kernel = emulated
+    expected = train(AdamPWD, dtype, {"p": p})
+    calls = []
+
+    def by_pointers(records: list[native.Record], options: native.Options) -> None:
+        calls.append(records)
+        numbers = torch.tensor([len(calls), options.lr, options.p, options.lambda_p])
+        step, *pointers = (number.data_ptr() for number in numbers)
+        options.device_lr, options.device_p, options.device_lambda_p = pointers
+        options.lr = options.p = options.lambda_p = 0.5
+        kernel([(*r[:5], step, 0.0, 0.0, *r[8:]) for r in records], options)
+
+    monkeypatch.setattr(native, "kernel", lambda *key: by_pointers)
+    actual = train(AdamPWD, dtype, {"p": p})
+    assert len(calls) == 4
+    rounding = {"rtol": 0.02, "atol": 1e-3} if dtype == torch.bfloat16 else {"rtol": 1e-4}
+    for ours, theirs in zip(actual, expected, strict=True):
+        torch.testing.assert_close(ours, theirs, **({"atol": 1e-6} | rounding))

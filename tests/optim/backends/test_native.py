@@ -1,16 +1,20 @@
 """Building the fused step: the cache, what happens without a compiler, and the CUDA source."""
 
 import multiprocessing
+import os
+import subprocess
+import sys
+import tempfile
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from torch.nn import Parameter
 
-from pnorm_decay import AdamPWD
-from pnorm_decay import compiler
+from pnorm_decay import AdamPWD, compiler
 from pnorm_decay.optim.backends import native
 
 CPU = torch.device("cpu")
@@ -94,12 +98,78 @@ def test_no_warning_where_foreach_was_asked_for(
     torch.testing.assert_close(listed, reference)
 
 
-def test_a_cache_folder_that_cannot_be_written_is_done_without(
+def test_a_cache_folder_that_cannot_be_written_is_done_without(cache: Path) -> None:
+    cache.write_text("a file where the folder should be")
+    compiler._process_folder.cache_clear()
+    before = set(Path(tempfile.gettempdir()).glob("pnorm_decay-*"))
+    assert native.kernel(CPU, torch.float32) is not None
+    assert native.kernel(CPU, torch.float64) is not None
+    assert cache.is_file()
+    (own,) = set(Path(tempfile.gettempdir()).glob("pnorm_decay-*")) - before
+    assert len(list(own.iterdir())) == 2
+    compiler._process_folder().cleanup()  # as at the end of the process
+    compiler._process_folder.cache_clear()
+    assert not own.exists()
+
+
+def test_a_cache_that_cannot_be_written_is_read(
     cache: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    cache.write_text("a file where the folder should be")
     assert native.kernel(CPU, torch.float32) is not None
-    assert cache.is_file()
+
+    def refuse(*arguments: Any) -> None:
+        raise PermissionError
+
+    monkeypatch.setattr(compiler, "atomic_write", refuse)
+    monkeypatch.setattr(tempfile, "TemporaryDirectory", refuse)
+    native.kernel.cache_clear()
+    assert native.kernel(CPU, torch.float32) is not None
+
+
+@pytest.mark.parametrize("damage", ["cut", "changed", "empty", "foreign"])
+def test_a_damaged_file_in_the_cache_is_built_again(
+    cache: Path, monkeypatch: pytest.MonkeyPatch, damage: str
+) -> None:
+    """A library that is cut off kills the process that loads it, with no error to catch."""
+    assert native.kernel(CPU, torch.float32) is not None
+    (library,) = cache.iterdir()
+    sound = library.read_bytes()
+    if damage == "foreign":
+        owner = os.stat(library).st_uid
+        monkeypatch.setattr(os, "getuid", lambda: owner + 1)
+        native.kernel.cache_clear()
+        compiler._process_folder.cache_clear()
+        with pytest.warns(UserWarning, match="could not be built"):
+            assert native.kernel(CPU, torch.float32) is None  # everything is another's here
+        return
+    broken = {"cut": sound[:4096], "changed": sound[:999] + b"?" + sound[1000:], "empty": b""}
+    # A new file: this process has the old one in its memory.
+    library.unlink()
+    library.write_bytes(broken[damage])
+    program = "import torch; from pnorm_decay.optim.backends import native; "
+    program += "assert native.kernel(torch.device('cpu'), torch.float32)"
+    subprocess.run([sys.executable, "-W", "error", "-c", program], check=True)
+    assert library.read_bytes() == sound
+    assert len(list(cache.iterdir())) == 1
+
+
+def test_the_cache_is_the_users_own(cache: Path) -> None:
+    assert native.kernel(CPU, torch.float32) is not None
+    assert cache.stat().st_mode & 0o777 == 0o700
+
+
+def test_a_kernel_that_computes_something_else_is_not_used(
+    cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As a compiler with a defect would make it."""
+    source = cache.parent / "wrong.c"
+    text = native.SOURCE.read_text()
+    assert "return w - c->rate * (m / " in text
+    source.write_text(text.replace("return w - c->rate * (m / ", "return w - c->rate * (v / "))
+    monkeypatch.setattr(native, "SOURCE", source)
+    with pytest.warns(UserWarning, match=r"compiled step is wrong: \d+ of 4099 torch.float32"):
+        param = step()
+    assert torch.equal(step(foreach=True), param)
 
 
 def test_the_compiler_can_be_chosen(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -126,6 +196,19 @@ def test_the_cuda_kernel_compiles(cache: Path, storage: int) -> None:
     assert b"step_cuda" in binary
     assert compiler.cuda_code(native.SOURCE, (8, 0), f"-DSTORAGE={storage}") == binary
     assert len(list(cache.iterdir())) == 1
+
+
+@pytest.mark.parametrize("capability", [(7, 5), (8, 6), (9, 0), (10, 0), (12, 0), (99, 0)])
+def test_the_cuda_kernel_compiles_for_every_gpu(cache: Path, capability: tuple[int, int]) -> None:
+    """A GPU that is newer than the compiler gets PTX, which its driver compiles."""
+    if torch.version.cuda is None:
+        pytest.skip("needs a build of torch with CUDA, which brings NVRTC")
+    code = compiler.cuda_code(native.SOURCE, capability, "-DSTORAGE=32")
+    if capability == (99, 0):
+        assert code.startswith(b"//")
+        assert b".target sm_" in code
+    else:
+        assert code[:4] == b"\x7fELF"
 
 
 def test_a_source_that_does_not_compile_shows_the_compilers_message(

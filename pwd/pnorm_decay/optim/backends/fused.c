@@ -74,7 +74,7 @@ typedef struct {
 typedef struct {
   double lr, beta1, beta2, eps; /* Adam's; SGD: beta1 is the momentum, beta2 the dampening */
   double p, lambda_p, weight_decay;
-  double limit, branch, slope, offset, coefficients[COEFFICIENTS]; /* of shrink.py's Fit */
+  double limit, branch, slope, offset, coefficients[COEFFICIENTS]; /* of decay.py's ProximalFit */
   const float *device_lr, *device_p, *device_lambda_p; /* the value on a GPU, or null */
   integer rule;                 /* one of enum Rule */
   integer maximize, nesterov;   /* flags: the gradient's sign; SGD's look ahead */
@@ -198,7 +198,7 @@ INLINE real ratio_begun(real w, int p, const Scalars *c) {
   }
 }
 
-/* h by the fit of shrink.py, up to r = limit; beyond it 0, which is right for p < 1. */
+/* h by the fit of decay.py, up to r = limit; beyond it 0, which is right for p < 1. */
 INLINE real fitted(real r, int p, int below_1, const Scalars *c) {
   const real *k = c->coefficients;
   if (p == P_ONE) return r < 1 ? 1 - r : 0;

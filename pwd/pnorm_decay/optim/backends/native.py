@@ -2,7 +2,6 @@
 
 import ctypes
 import itertools
-import os
 import struct
 import subprocess
 import warnings
@@ -14,12 +13,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pnorm_decay.compiler import cuda_code, shared_library
+from pnorm_decay.compiler import cuda_function, shared_library
+from pnorm_decay.decay import proximal_fit
 from pnorm_decay.optim.backends import reference
 from pnorm_decay.optim.layout import Slot
 from pnorm_decay.optim.options import Group
 from pnorm_decay.optim.rules import AdamRule, Rule
-from pnorm_decay.optim.shrink import Exact, Reweighted, Shrink, fit
+from pnorm_decay.optim.shrink import Exact, Reweighted, Shrink
 
 __all__ = ["Kernel", "Options", "kernel", "run", "supports"]
 
@@ -85,7 +85,7 @@ def run(slots: list[Slot], rule: Rule, shrink: Shrink, group: Group, kernel: Ker
         setattr(options, name, value)
     if isinstance(shrink, Exact):
         options.exact = True
-        fitted = fit(shrink.p)
+        fitted = proximal_fit(shrink.p)
         options.limit, options.branch, options.slope, options.offset = fitted[:4]
         options.coefficients[:] = fitted.coefficients
     betas = options.beta1, options.beta2
@@ -197,40 +197,11 @@ def _cpu_kernel(storage: int, device: torch.device) -> Kernel:
 
 
 def _cuda_kernel(storage: int, device: torch.device) -> Kernel:
-    index = torch.cuda.current_device() if device.index is None else device.index
-    code = cuda_code(SOURCE, torch.cuda.get_device_capability(index), f"-DSTORAGE={storage}")
-    driver = ctypes.CDLL("nvcuda.dll" if os.name == "nt" else "libcuda.so.1")
-    handle, context = ctypes.c_int(), ctypes.c_void_p()
-    module, function = ctypes.c_void_p(), ctypes.c_void_p()
-
-    def call(name: str, *arguments: Any) -> None:
-        error = getattr(driver, name)(*arguments)
-        if error:
-            raise RuntimeError(f"The CUDA driver's {name} returned error {error}.")
-
-    def in_context(*calls: tuple[Any, ...]) -> None:
-        # A thread that has not used CUDA yet has no driver context.
-        call("cuCtxPushCurrent_v2", context)
-        try:
-            for one in calls:
-                call(*one)
-        finally:
-            call("cuCtxPopCurrent_v2", ctypes.byref(ctypes.c_void_p()))
-
-    call("cuInit", 0)
-    call("cuDeviceGet", ctypes.byref(handle), index)
-    call("cuDevicePrimaryCtxRetain", ctypes.byref(context), handle)  # for the process's life
-    in_context(
-        ("cuModuleLoadData", ctypes.byref(module), code),
-        ("cuModuleGetFunction", ctypes.byref(function), module, b"step_cuda"),
-    )
+    launch = cuda_function(SOURCE, b"step_cuda", device, f"-DSTORAGE={storage}")
 
     def step(records: list[Record], options: Options) -> None:
-        stream = ctypes.c_void_p(torch.cuda.current_stream(index).cuda_stream)
         for arguments, blocks in cuda_launches(records, options):
-            pointers = (ctypes.c_void_p * 1)(ctypes.addressof(arguments))
-            sizes = (blocks, 1, 1, CUDA_THREADS, 1, 1, 0)
-            in_context(("cuLaunchKernel", function, *sizes, stream, pointers, None))
+            launch(arguments, blocks, CUDA_THREADS)
 
     return step
 
