@@ -45,7 +45,14 @@ class AdamPWD(PNormDecayOptimizer):
         amsgrad: whether the denominator uses the largest second moment so far.
         p: the norm's exponent, in (0, inf).
         lambda_p: the strength of the decay, in [0, inf). p and lambda_p can be left out where
-            every group brings its own, as those of `param_groups` do.
+            every group brings its own, as those of `param_groups` do. Both may be tensors of one
+            element.
+        exact: the exact proximal step, for p in (0, 2]: with `w' = (w - alpha u) / (1 + alpha
+            weight_decay)` and `mu = alpha lambda_p / (1 + alpha weight_decay)` it is
+            `w <- argmin_x (x - w')^2 / 2 + mu |x|^p / p`. Where pWD freezes s at the old weight,
+            this has the s of the new one, and a zero comes back when its gradient is strong enough.
+        hold_zeros: whether a weight that is exactly 0 stays 0 whatever p and lambda_p are. With
+            `lambda_p = 0` it trains what is left of a sparse network.
         reweight_every: s is refreshed at the first step and every so many steps after it
             (Figure 1, dashed); 1 refreshes it at every step.
         auxiliary_beta: in [0, 1). At a refresh, `q <- auxiliary_beta q + (1 - auxiliary_beta) /
@@ -55,14 +62,14 @@ class AdamPWD(PNormDecayOptimizer):
         maximize: whether to maximise the loss.
         foreach: True for torch's operations on lists of tensors.
         capturable: whether the step may be captured in a CUDA graph: step counts stay on the
-            device, and a tensor lr is read there.
+            device, and lr, p and lambda_p are read there where they are tensors.
         differentiable: whether autograd may differentiate through the step; the reference
             implementation.
         fused: True for one pass over the memory in compiled code, built at the first step in
             well under a second and kept for later processes (CPU: a C compiler; CUDA: the
             run-time compiler that torch brings). With both None, fused where it can be had for
             the device and dtype, else foreach; both False is the reference, which reads like the
-            equations above.
+            equations above. With `reweight_every` or `auxiliary_beta`, foreach takes its place.
 
     The state is that of `torch.optim.AdamW`, in the parameter's dtype. An Adam or AdamW
     `state_dict` can be loaded: p, lambda_p and weight_decay keep the values given here, lr and the
@@ -71,9 +78,9 @@ class AdamPWD(PNormDecayOptimizer):
     `reweight_every > 1` or `auxiliary_beta > 0`.
 
     16-bit parameters are computed in float32. Results below the arithmetic's smallest normal
-    number become 0. A group that decays nothing (`lambda_p` and `weight_decay` 0) takes the step of
-    `torch.optim.Adam` with the same foreach and fused, equal to the bit; it is fastest with
-    `fused=True`. A parameter that is entirely zero when decay with `p < 2` first meets it can
+    number become 0. A group that decays nothing (`lambda_p` and `weight_decay` 0, no `hold_zeros`)
+    takes the step of `torch.optim.Adam` with the same foreach and fused, equal to the bit; with
+    both None it is that of `fused=True` on a CPU. A parameter that is entirely zero when decay with `p < 2` first meets it can
     never move: a warning names it once.
 
     Raises:

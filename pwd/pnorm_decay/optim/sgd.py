@@ -29,10 +29,13 @@ class SGDPWD(PNormDecayOptimizer):
         p: the norm's exponent, in (0, inf).
         lambda_p: the strength of the decay, in [0, inf). p and lambda_p can be left out where
             every group brings its own, as those of `param_groups` do.
+        exact: the exact proximal step, for p in (0, 2].
+        hold_zeros: whether a weight that is exactly 0 stays 0 whatever p and lambda_p are.
         reweight_every: how often s is refreshed; more than 1 adds a step count to the state.
         auxiliary_beta: how slowly s follows `|w|^(p-2)`, in [0, 1).
         maximize: whether to maximise the loss.
         foreach: True for torch's operations on lists of tensors.
+        capturable: whether the step may be captured in a CUDA graph.
         differentiable: whether autograd may differentiate through the step.
         fused: True for one pass over the memory in compiled code.
 
