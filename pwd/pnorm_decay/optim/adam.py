@@ -80,8 +80,8 @@ class AdamPWD(PNormDecayOptimizer):
     16-bit parameters are computed in float32. Results below the arithmetic's smallest normal
     number become 0. A group that decays nothing (`lambda_p` and `weight_decay` 0, no `hold_zeros`)
     takes the step of `torch.optim.Adam` with the same foreach and fused, equal to the bit; with
-    both None it is that of `fused=True` on a CPU. A parameter that is entirely zero when decay with `p < 2` first meets it can
-    never move: a warning names it once.
+    both None it is that of `fused=True` on a CPU. A parameter that is entirely zero when decay with
+    `p < 2` first meets it can never move: a warning names it once.
 
     Raises:
         ValueError: an option is out of its range; the message names it and its value.
