@@ -29,7 +29,10 @@ def register(optimizer: Steps) -> int:
     return id(optimizer)
 
 
-@torch.library.custom_op("pnorm_decay::step", mutates_args=("params",))
+SCHEMA = "(Tensor(a!)[] params, Tensor[] grads, int key) -> ()"
+
+
+@torch.library.custom_op("pnorm_decay::step", mutates_args=("params",), schema=SCHEMA)
 def step(params: list[Tensor], grads: list[Tensor], key: int) -> None:
     """Performs one step of the optimizer with this key.
 
