@@ -21,7 +21,9 @@ FAILURE_FILE = "failure.json"
 # Column -> pandas dtype, in the order of the CSV. Accuracies are in percent, sparsity and
 # zero_fraction fractions in [0, 1], losses in nats, seconds of wall-clock time; device with the
 # precision. status: "finished"; "diverged" or "failed", without metrics and with a reason.
-# target_sparsity: what a pruning method was asked for (OTO: of the channels).
+# target_sparsity: what a pruning method or TargetSparsity was asked for (OTO: of the channels).
+# val_precision: of the last evaluation; val_accuracy_recalibrated: with batch-norm statistics
+# estimated anew on 50 training batches, empty without batch norms and in older rows.
 COLUMNS = {
     "run_id": "string",
     "method": "string",
@@ -46,7 +48,10 @@ COLUMNS = {
     "status": "string",
     "reason": "string",
     "target_sparsity": "float64",
+    "val_precision": "string",
+    "val_accuracy_recalibrated": "float64",
 }
+ADDED = {"val_precision", "val_accuracy_recalibrated"}  # files from before lack them
 
 
 class RecordError(ValueError):
@@ -103,11 +108,11 @@ def read(path: Path) -> pd.DataFrame:
         frame = pd.read_csv(path)
     except (OSError, pd.errors.ParserError, pd.errors.EmptyDataError) as error:
         raise RecordError(f"cannot read {path}: {error}") from None
-    missing = COLUMNS.keys() - set(frame.columns)
+    missing = COLUMNS.keys() - set(frame.columns) - ADDED
     if missing:
         raise RecordError(f"{path} lacks the column {', '.join(sorted(missing))}")
     try:
-        return frame[list(COLUMNS)].astype(COLUMNS)
+        return frame.reindex(columns=list(COLUMNS)).astype(COLUMNS)
     except (TypeError, ValueError) as error:
         raise RecordError(f"{path} has a value of the wrong type: {error}") from None
 

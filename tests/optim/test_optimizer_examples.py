@@ -64,7 +64,8 @@ def test_an_example_of_the_readme_runs(
 )
 def test_the_examples_in_docstrings_are_right(name: str) -> None:
     module = importlib.import_module(name)
-    globals_ = {**vars(module), "torch": torch, "param_groups": pnorm_decay.param_groups}
+    public = {name: getattr(pnorm_decay, name) for name in pnorm_decay.__all__}
+    globals_ = {"torch": torch, **public, **vars(module)}
     assert doctest.testmod(module, extraglobs=globals_).failed == 0
 
 

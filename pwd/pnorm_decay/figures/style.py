@@ -98,6 +98,8 @@ _KNOWN_METHODS = {
 # How readers know the others; a method that is not listed keeps its own name.
 _LABELS = {
     "pwd": "pWD",
+    "pwd_target": "pWD to a target",
+    "exact_target": "exact step to a target",
     "adamw": "AdamW",
     "sgd": "SGD",
     "l1": "L1 proximal",

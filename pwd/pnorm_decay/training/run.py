@@ -295,12 +295,17 @@ def identity(config: Mapping[str, Any], label: str) -> str:
         config: the resolved config.
         label: the data set's label, which tells a lossy copy from the original.
     """
+    trainer = {k: v for k, v in config["trainer"].items() if k not in TrainerSettings.NOT_IDENTITY}
+    if trainer.get("precision") == "auto":
+        # "auto" stands for bf16, as on the machines of the recorded runs; what it is elsewhere is
+        # another run.
+        settings = TrainerSettings.from_config(config["trainer"])
+        precision = settings.resolve_precision(settings.resolve_device(worker_number()))
+        trainer["precision"] = "auto" if precision == "bf16" else precision
     what = {
         "data": {k: v for k, v in config["data"].items() if k not in ("path", "cache_dir")},
         "label": label,
-        "trainer": {
-            k: v for k, v in config["trainer"].items() if k not in TrainerSettings.NOT_IDENTITY
-        },
+        "trainer": trainer,
         **{
             k: config[k]
             for k in ("model", "optimizer", "pruning", "schedule", "decay_schedule", "seed")
@@ -328,6 +333,7 @@ def hyperparameters(config: Mapping[str, Any]) -> dict[str, Any]:
     is the pruning's, and so is p where the pruning determines it.
     """
     optimizer, pruning = config["optimizer"], config["pruning"]
+    target = pruning.get("sparsity")
     decay = next((optimizer[option] for option in DECAY_OPTIONS if option in optimizer), 0.0)
     method, p = optimizer["method"], optimizer.get("p", 2.0)
     if pruning["name"] != "none":
@@ -335,22 +341,24 @@ def hyperparameters(config: Mapping[str, Any]) -> dict[str, Any]:
         kind: type[Pruning] = get_class(pruning["_target_"])
         own_p = kind.exponent(pruning)
         p = p if own_p is None else own_p
+    if "sparsity" in config["decay_schedule"]:  # lambda_p is steered: it is no setting
+        method, decay, target = f"{method}_target", None, config["decay_schedule"]["sparsity"]
     return {
         "method": method,
         "p": float(p),
-        "lambda_p": float(decay),
+        "lambda_p": None if decay is None else float(decay),
         "lr": float(optimizer["lr"]),
         "seed": config["seed"],
-        "target_sparsity": pruning.get("sparsity"),
+        "target_sparsity": target,
     }
 
 
 def run_name(config: Mapping[str, Any]) -> str:
     """What a person reads in a list of runs."""
-    name = "{method} p={p:g} lambda_p={lambda_p:g} lr={lr:g} seed={seed}".format(
-        **hyperparameters(config)
-    )
-    target = config["pruning"].get("sparsity")
+    what = hyperparameters(config)
+    strength = "" if what["lambda_p"] is None else f" lambda_p={what['lambda_p']:g}"
+    name = "{method} p={p:g}{strength} lr={lr:g} seed={seed}".format(**what, strength=strength)
+    target = what["target_sparsity"]
     return name if target is None else f"{name} sparsity={target}"
 
 

@@ -9,7 +9,7 @@ from functools import partial
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
-from pnorm_decay.optim import OptionScheduler, ramp
+from pnorm_decay.optim import OptionScheduler, TargetSparsity, ramp
 from pnorm_decay.training.settings import ConfigError, check
 
 
@@ -103,9 +103,42 @@ class DecaySchedule:
             return []
         begin = round(self.begin * steps)
         length = max(1, round(self.end * steps) - begin)
+        way = ramp(self.start, length, begin)
+
+        def value(step: int, own: float) -> float:
+            # A group that is given no decay has none on the way either.
+            return own if self.option == "lambda_p" and own == 0 else way(step, own)
+
         try:
-            return [OptionScheduler(optimizer, self.option, ramp(self.start, length, begin))]
+            return [OptionScheduler(optimizer, self.option, value)]
         except ValueError as error:
             raise ConfigError(
                 f"decay_schedule.option={self.option}: the optimizer has no such option"
             ) from error
+
+
+@dataclass(frozen=True)
+class TargetSchedule:
+    """What `configs/decay_schedule/target_sparsity.yaml` sets: see `TargetSparsity`.
+
+    Attributes:
+        sparsity: the fraction of zeros that the run ends with, in (0, 1).
+        begin: where in the run sparsity begins to rise, in [0, 1).
+        end: where it has reached the target, in (begin, 1].
+    """
+
+    sparsity: float
+    begin: float = 0.0
+    end: float = 0.6
+
+    def __post_init__(self) -> None:
+        check(0 < self.sparsity < 1, "decay_schedule.sparsity", self.sparsity, "in (0, 1)")
+        check(0 <= self.begin < 1, "decay_schedule.begin", self.begin, "in [0, 1)")
+        check(self.begin < self.end <= 1, "decay_schedule.end", self.end, "in (begin, 1]")
+
+    def attach(self, optimizer: Optimizer, steps: int) -> list[TargetSparsity]:
+        """The controller for a run of ``steps``."""
+        try:
+            return [TargetSparsity(optimizer, self.sparsity, steps, begin=self.begin, end=self.end)]
+        except ValueError as error:
+            raise ConfigError(f"decay_schedule=target_sparsity: {error}") from error

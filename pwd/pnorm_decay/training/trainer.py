@@ -23,14 +23,16 @@ from torch.optim.lr_scheduler import LRScheduler
 
 from pnorm_decay.baselines import Pruning
 from pnorm_decay.data import Dataset
-from pnorm_decay.optim import OptionScheduler, split_decayed
+from pnorm_decay.optim import OptionScheduler, TargetSparsity, split_decayed
 from pnorm_decay.sparsity import sparsity, zero_fraction, zeroed
 from pnorm_decay.training import checkpoint, stopping
+from pnorm_decay.training.batch_norm import batch_norms, recalibrated
 from pnorm_decay.training.progress import console, training_progress
 from pnorm_decay.training.settings import ConfigError, TrainerSettings
 from pnorm_decay.training.tracking import Row, Tracker
 
 LOSS_BATCHES = 4
+RECALIBRATION_BATCHES = 50
 M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # of glibc's malloc.h
 STEPS_BETWEEN_AGREEMENTS = 10  # of several processes on whether to stop
 ACCELERATE_PRECISION = {"fp32": "no", "bf16": "bf16", "fp16": "fp16"}
@@ -178,7 +180,7 @@ def train(
     model: nn.Module,
     optimizer: Optimizer,
     pruning: Pruning,
-    schedulers: Sequence[LRScheduler | OptionScheduler],
+    schedulers: Sequence[LRScheduler | OptionScheduler | TargetSparsity],
     steps: int,
     eval_every: int,
     settings: TrainerSettings,
@@ -223,6 +225,9 @@ def train(
 
     step = last_evaluation = 0
     lr, seconds_before = math.nan, 0.0
+    lambda_p = optimizer.param_groups[0].get("lambda_p")
+    targets_of = [s.sparsity for s in schedulers if isinstance(s, TargetSparsity)]
+    target = f"/{targets_of[0]:g}" if targets_of else ""
     loss_sum = torch.zeros((), device=accelerator.device)  # since the last evaluation
     checkpoint_path = run_dir / checkpoint.CHECKPOINT_FILE
     state = checkpoint.load(checkpoint_path)
@@ -236,10 +241,12 @@ def train(
         loss_sum.copy_(state["loss_sum"])
         step, last_evaluation = state["step"], state["last_evaluation"]
         lr, seconds_before = state["lr"], state["seconds"]
+        lambda_p = state.get("lambda_p")
 
     def save_checkpoint() -> None:
         state = {name: part.state_dict() for name, part in parts.items()}
-        state |= {"step": step, "last_evaluation": last_evaluation, "lr": lr, "loss_sum": loss_sum}
+        state |= {"step": step, "last_evaluation": last_evaluation, "loss_sum": loss_sum}
+        state |= {"lr": lr, "lambda_p": lambda_p}
         state["seconds"] = seconds_before + time.monotonic() - start
         state["random"] = checkpoint.random_state()
         try:
@@ -252,10 +259,12 @@ def train(
     start = saved = time.monotonic()
     model.train()
     with training_progress(accelerator.is_main_process) as bar:
-        task = bar.add_task("training", total=steps, completed=step, **shown(tracker))
+        task = bar.add_task("training", total=steps, completed=step, **shown(tracker, target))
         while True:
             if step != last_evaluation and (step % eval_every == 0 or step == steps):
                 if step == steps:
+                    # What a run is judged by is the same for every method: float32.
+                    accelerator.unwrap_model(model, keep_fp32_wrapper=False)
                     pruning.finish(partial(training_loss, data, settings, seed))
                 plain_model = pruning.plain_model()
                 mean_loss = accelerator.reduce(loss_sum, "mean") / (step - last_evaluation)
@@ -263,6 +272,7 @@ def train(
                 row: Row = {
                     "step": step,
                     "lr": lr,
+                    **({} if lambda_p is None else {"lambda_p": lambda_p}),
                     "train_loss": float(mean_loss),
                     "val_loss": val_loss,
                     "val_accuracy": val_accuracy,
@@ -271,7 +281,7 @@ def train(
                     "seconds": seconds_before + time.monotonic() - start,
                 }
                 tracker.log(row, plain_model)
-                bar.update(task, **shown(tracker))
+                bar.update(task, **shown(tracker, target))
                 if not (math.isfinite(row["train_loss"]) and math.isfinite(val_loss)):
                     reason = f"the loss was not finite by step {step:,}"
                     break
@@ -291,6 +301,7 @@ def train(
             pruning.after_step(step)
             optimizer.zero_grad()
             lr = float(optimizer.param_groups[0]["lr"])
+            lambda_p = optimizer.param_groups[0].get("lambda_p")
             for scheduler in schedulers:
                 scheduler.step()
             loss_sum += loss.detach()
@@ -318,6 +329,15 @@ def train(
         with zeroed(plain_model):
             accuracy = evaluate(plain_model, data, settings, accelerator)[1]
         metrics["val_accuracy_zeroed"] = accuracy
+    metrics["val_precision"] = "fp32"
+    if batch_norms(plain_model):
+        batches = (
+            place(data.train_batch(step, settings.batch_size, seed)[0], settings.channels_last)
+            for step in range(min(RECALIBRATION_BATCHES, steps))
+        )
+        with recalibrated(plain_model, batches):
+            accuracy = evaluate(plain_model, data, settings, accelerator)[1]
+        metrics["val_accuracy_recalibrated"] = accuracy
     return Outcome("finished", metrics)
 
 
@@ -331,15 +351,15 @@ def should_stop(accelerator: Accelerator, step: int) -> bool:
     return bool(accelerator.reduce(asked, "sum"))
 
 
-def shown(tracker: Tracker) -> dict[str, Any]:
-    """What the progress bar says of the last evaluation."""
+def shown(tracker: Tracker, target: str) -> dict[str, Any]:
+    """What the progress bar says of the last evaluation; target stands behind the sparsity."""
     if not tracker.history:
-        return dict.fromkeys(("loss", "accuracy", "sparsity", "lr"), "-")
+        return dict.fromkeys(("loss", "accuracy", "lr"), "-") | {"sparsity": "-" + target}
     last = tracker.history[-1]
     return {
         "loss": f"{last['train_loss']:.3f}",
         "accuracy": f"{last['val_accuracy']:.2f}%",
-        "sparsity": f"{last['sparsity']:.3f}",
+        "sparsity": f"{last['sparsity']:.3f}{target}",
         "lr": f"{last['lr']:.1e}",
     }
 

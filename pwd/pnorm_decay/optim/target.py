@@ -1,0 +1,295 @@
+"""Ask for a sparsity instead of a lambda_p."""
+
+import math
+import warnings
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+from pnorm_decay.optim.layout import local
+from pnorm_decay.optim.options import Group
+
+__all__ = ["TargetSparsity"]
+
+UPDATES = 200  # of lambda_p in a run, unless an interval is given
+LEAD = 0.1  # how far ahead of the present step the way is looked at, as a fraction of it
+PROPORTIONAL, INTEGRAL = 2.0, 1.0  # gains: nats of lambda_p for an error of 1
+LARGEST_ERROR = 0.15
+LOG_FROM = 0.8  # the sparsity above which an error is one of the density's logarithm
+NEAR = 1.3  # the present over the wanted density from which on every step counts
+CLOSE = 0.01  # relative error of the density at which the decay rests
+MET = 0.03  # and at which the target counts as met
+AT_REST = 1e-30  # of a tensor lambda_p, which a captured step reads: holds zeros, moves nothing
+
+SAMPLE = 2**17  # weights that the quantile is estimated from
+LOG_RANGE, BINS = (-128.0, 8.0), 544  # of log2 |w|: four bins to a factor of 2
+
+
+class TargetSparsity:
+    r"""Steers `lambda_p` so that a run ends with a wanted fraction of zeros.
+
+    It is used like a learning-rate scheduler: build it once, call `step()` after every step of the
+    optimizer. Only the ratios of the groups' `lambda_p` matter; a group with 0 stays undecayed.
+
+    From `begin` to `end` (fractions of the run, x between them) the wanted sparsity rises by
+    `S(x) = sparsity (1 - (1 - x)^3)` (Zhu and Gupta, "To Prune, or Not to Prune", 2017). Every
+    `interval` steps the zeros of the decaying groups are counted, and the size Q of the weight is
+    looked up below which the share S(x + 0.1) of them lies: the next to fall. Then
+
+        lambda_p = c (Q / m)^(1/2) exp(2 e + sum e)
+
+    with e the wanted minus the present sparsity or, above 0.8, a quarter of the logarithm of the
+    present over the wanted density, clipped at 0.15; m is the median weight at the beginning, and
+    c the lambda_p that would bring it to 0 within a tenth of the way if it had no gradient. When
+    the density is within 1 % of the wanted one, the decay rests: `lambda_p = 0` and `hold_zeros =
+    True`, so that the remaining steps train the weights that are left. Until then it goes on, past
+    `end` if need be.
+
+    **Why it settles.** Weights fall some time after lambda_p has risen, so that their number alone
+    says too late that it is too large. Q says it at once: when the last weights that are to go are
+    on their way to 0, Q falls with them and takes lambda_p with it, which then pushes on what is
+    nearly 0 and lets the next larger ones go. The sum of e finds, slowly, the strength at which
+    weights fall as fast as the way asks for against the gradients' pull. Near the target, every
+    step counts; and since zeros stay, it is approached from below and hardly passed.
+
+    The count is read one interval later, so that no step waits for a GPU. It adds over processes.
+    With `p = 1` a weight falls only while lambda_p is above its u, and short runs may fall short of
+    the target; above 1 there are no zeros but whole dead neurons.
+
+    Args:
+        optimizer: AdamPWD or SGDPWD, or any optimizer with `attach_pnorm_decay`.
+        sparsity: the wanted fraction of zeros of the decaying groups, in (0, 1).
+        steps: the run's length in optimizer steps.
+        begin: where in the run the way begins, as a fraction in [0, 1).
+        end: where it ends, in (begin, 1]. What follows trains the surviving weights.
+        interval: steps between two changes of lambda_p; None: a two-hundredth of the run.
+
+    Raises:
+        ValueError: an argument is out of its range; or no group decays.
+
+    Example:
+        >>> model = torch.nn.Linear(40, 40)
+        >>> optimizer = AdamPWD(param_groups(model, p=0.8, lambda_p=1.0), lr=1e-2)
+        >>> target = TargetSparsity(optimizer, 0.75, steps=400)
+        >>> for _ in range(400):
+        ...     optimizer.zero_grad()
+        ...     (model(torch.eye(40)) - torch.eye(40)).square().mean().backward()
+        ...     optimizer.step()
+        ...     target.step()
+        >>> round(sparsity(model), 2)
+        0.75
+    """
+
+    def __init__(
+        self,
+        optimizer: Optimizer,
+        sparsity: float,
+        steps: int,
+        *,
+        begin: float = 0.0,
+        end: float = 0.6,
+        interval: int | None = None,
+    ) -> None:
+        for name, value, valid, allowed in (
+            ("sparsity", sparsity, 0 < sparsity < 1, "in (0, 1)"),
+            ("steps", steps, isinstance(steps, int) and steps >= 1, "an integer of at least 1"),
+            ("begin", begin, 0 <= begin < 1, "in [0, 1)"),
+            ("end", end, begin < end <= 1, "in (begin, 1]"),
+            ("interval", interval, interval is None or interval >= 1, "at least 1"),
+        ):
+            if not valid:
+                raise ValueError(f"Invalid {name}: {value} (must be {allowed})")
+        self.optimizer, self.sparsity, self.steps = optimizer, sparsity, steps
+        self.begin, self.end = begin * steps, end * steps
+        self.interval = interval or max(1, steps // UPDATES)
+        self.last_epoch, self.is_resting, self.present = 0, False, math.nan
+        self._sum = 0.0
+        for group in optimizer.param_groups:
+            if "hold_zeros" not in group:
+                raise ValueError("Invalid optimizer: it has no p-norm decay (attach_pnorm_decay)")
+            group.setdefault("initial_lambda_p", float(group["lambda_p"]))
+        if not self._decaying():
+            raise ValueError("Invalid optimizer: lambda_p is 0 in every group, so nothing decays")
+        self._pending: _Census | None = None
+        self._median = self._census().quantile(0.5)
+        self._set(0.0)
+
+    def step(self) -> None:
+        """Goes on to the next step's lambda_p."""
+        self.last_epoch += 1
+        if not self.is_resting and (self._is_near() or self.last_epoch % self.interval == 0):
+            census, self._pending = self._pending, self._census()
+            if census is not None and self.last_epoch + self._lead() > self.begin:
+                self._steer(census)
+        if self.last_epoch == self.steps:
+            self._conclude()
+
+    def get_last_value(self) -> list[Any]:
+        """The present lambda_p of each group."""
+        return [group["lambda_p"] for group in self.optimizer.param_groups]
+
+    def state_dict(self) -> dict[str, Any]:
+        """What `load_state_dict` needs to go on; the optimizer's own state has the rest."""
+        return {
+            "last_epoch": self.last_epoch,
+            "is_resting": self.is_resting,
+            "present": self.present,
+            "sum": self._sum,
+            "median": self._median,
+            "pending": None if self._pending is None else self._pending.read(),
+        }
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Goes on from a saved state; load the optimizer's first."""
+        self.last_epoch, self.is_resting = state_dict["last_epoch"], state_dict["is_resting"]
+        self.present, self._sum = state_dict["present"], state_dict["sum"]
+        self._median, pending = state_dict["median"], state_dict["pending"]
+        self._pending = None if pending is None else _Census(pending)
+
+    def wanted(self, ahead: float = 0.0) -> float:
+        """The sparsity that the way asks for at the present step, or some steps ahead of it."""
+        done = (self.last_epoch + ahead - self.begin) / (self.end - self.begin)
+        return self.sparsity * (1 - (1 - min(1.0, max(0.0, done))) ** 3)
+
+    def _steer(self, census: "_Census") -> None:
+        present, wanted = census.sparsity(), self.wanted()
+        self.present = present
+        if 1 - present <= (1 - self.sparsity) * (1 + CLOSE):
+            self.is_resting = True
+            self._set(0.0)
+            return
+        error = wanted - present
+        if wanted > LOG_FROM:
+            error = 0.25 * math.log((1 - present) / (1 - wanted))
+        error = max(-LARGEST_ERROR, min(LARGEST_ERROR, error))
+        self._sum += error / self.interval if self._is_near() else error
+        group = max(self._decaying(), key=lambda group: group["initial_lambda_p"])
+        p, lr = float(group["p"]), float(group.get("initial_lr") or group["lr"])
+        speed = max(0.5, 2 - p) * max(lr, 1e-12) * self._lead()
+        size = census.quantile(self.wanted(self._lead())) / self._median
+        gain = math.exp(PROPORTIONAL * error + INTEGRAL * self._sum)
+        self._set(self._median ** (2 - p) / speed * math.sqrt(size) * gain)
+
+    def _is_near(self) -> bool:
+        return 1 - self.present <= NEAR * (1 - self.sparsity)
+
+    def _lead(self) -> float:
+        return max(1.0, LEAD * (self.end - self.begin))
+
+    def _set(self, strength: float) -> None:
+        """Gives the group with the largest ratio this lambda_p, and the others their share."""
+        # Asked for each time: loading a state, as accelerate does, makes new groups.
+        groups = self._decaying()
+        largest = max(group["initial_lambda_p"] for group in groups)
+        for group in groups:
+            value = strength * group["initial_lambda_p"] / largest
+            if isinstance(group["lambda_p"], Tensor):
+                group["lambda_p"].fill_(AT_REST if self.is_resting else value)
+            else:
+                group["lambda_p"] = value
+            # pWD's zeros stay while lambda_p is above 0, and must where it comes down to 0.
+            if self.is_resting or not group["exact"]:
+                group["hold_zeros"] = True
+
+    def _decaying(self) -> list[Group]:
+        return [group for group in self.optimizer.param_groups if group["initial_lambda_p"] > 0]
+
+    def _census(self) -> "_Census":
+        params = [param for group in self._decaying() for param in group["params"]]
+        return _Census(take_census(params))
+
+    def _conclude(self) -> None:
+        """Says in one line why the target has not been met, if so."""
+        self.present = self._census().sparsity()
+        if abs(self.present - self.sparsity) <= MET * (1 - self.sparsity):
+            return
+        largest_p = max(float(group["p"]) for group in self._decaying())
+        if self.present > self.sparsity:
+            reason = "more weights than that were zero already, or fell between two counts"
+        elif largest_p > 1:
+            reason = f"p = {largest_p:g} is above 1, which makes no zeros but whole dead neurons"
+        else:
+            reason = "the run was too short, or its learning rate too small"
+        warnings.warn(
+            f"TargetSparsity: {self.present:.4f} of the weights are zero instead of "
+            f"{self.sparsity:g}: {reason}.",
+            stacklevel=3,
+        )
+
+
+@torch.no_grad()
+def take_census(params: list[Tensor]) -> Tensor:
+    """Counts weights: of all of them, of the zeros, of a sample, and of its sizes.
+
+    Args:
+        params: tensors, which may be distributed (DTensor).
+
+    Returns:
+        float64 of shape (3 + BINS,): all weights, exact zeros, the sample's weights, and how many
+        of them have which log2 |w|.
+    """
+    stride = max(1, sum(param.numel() for param in params) // SAMPLE)
+    parts = []
+    for param in params:
+        w = local(param)
+        sample = w.flatten()[::stride].abs().float()
+        sizes = torch.histc(sample.log2(), BINS, *LOG_RANGE)  # leaves out what is beyond
+        counts = torch.tensor([w.numel(), 0, sample.numel()], dtype=torch.float64)
+        counts = torch.cat([counts.to(w.device, non_blocking=True), sizes.double()])
+        counts[1] = (w == 0).sum()
+        parts.append(_whole(counts, param))
+    return torch.stack([part.to(parts[0].device) for part in parts]).sum(0)
+
+
+class _Census:
+    """Counts that are read later, so that the host need not wait for them."""
+
+    def __init__(self, counts: Tensor | list[float]) -> None:
+        self._copied: torch.cuda.Event | None = None
+        self._counts = counts
+        if isinstance(counts, Tensor) and counts.is_cuda:
+            # Into memory that the host can look into without waiting for the stream.
+            self._counts = torch.empty(counts.shape, dtype=counts.dtype, pin_memory=True)
+            self._counts.copy_(counts, non_blocking=True)
+            self._copied = torch.cuda.Event()
+            self._copied.record()
+
+    def read(self) -> list[float]:
+        """The counts."""
+        if self._copied is not None:
+            self._copied.synchronize()
+        return self._counts.tolist() if isinstance(self._counts, Tensor) else self._counts
+
+    def sparsity(self) -> float:
+        """The fraction of exact zeros."""
+        total, zeros = self.read()[:2]
+        return zeros / max(total, 1)
+
+    def quantile(self, share: float) -> float:
+        """The size below which this share of the weights lies, interpolated between bins.
+
+        Sizes below the first bin are 0.
+        """
+        _, _, sampled, *sizes = self.read()
+        low, high = LOG_RANGE
+        missing = share * sampled - (sampled - sum(sizes))
+        if missing <= 0:
+            return 0.0
+        for number, count in enumerate(sizes):
+            if count >= missing:
+                return 2 ** (low + (high - low) * (number + missing / count) / BINS)
+            missing -= count
+        return 2**high
+
+
+def _whole(counts: Tensor, param: Tensor) -> Tensor:
+    """The counts of a process's part of a distributed tensor, added over all parts."""
+    mesh = getattr(param, "device_mesh", None)
+    if mesh is None:
+        return counts
+    from torch.distributed.tensor import DTensor, Partial
+
+    placements = [Partial() if place.is_shard() else place for place in param.placements]  # type: ignore[attr-defined]
+    return DTensor.from_local(counts, mesh, placements).full_tensor()

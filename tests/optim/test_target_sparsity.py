@@ -1,0 +1,216 @@
+"""A sparsity that is asked for: met over targets, p, learning rates and seeds; resumed; refused."""
+
+import copy
+import warnings
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from pnorm_decay import SGDPWD, AdamPWD, attach_pnorm_decay, param_groups, sparsity
+from pnorm_decay.optim import TargetSparsity
+from pnorm_decay.optim.target import take_census
+
+
+def network(seed: int = 0) -> nn.Module:
+    torch.manual_seed(seed)
+    return nn.Sequential(
+        nn.Linear(64, 96), nn.ReLU(), nn.Linear(96, 96), nn.ReLU(), nn.Linear(96, 10)
+    )
+
+
+def digits() -> tuple[torch.Tensor, torch.Tensor]:
+    from sklearn.datasets import load_digits
+
+    images, labels = load_digits(return_X_y=True)
+    return torch.tensor(images / 16, dtype=torch.float32), torch.tensor(labels)
+
+
+IMAGES, LABELS = digits()
+
+
+def train(
+    model: nn.Module, optimizer: Any, target: TargetSparsity, steps: int, begin: int = 0
+) -> None:
+    for step in range(begin, steps):
+        generator = torch.Generator().manual_seed(step)
+        batch = torch.randint(len(IMAGES), (64,), generator=generator)
+        optimizer.zero_grad()
+        nn.functional.cross_entropy(model(IMAGES[batch]), LABELS[batch]).backward()
+        optimizer.step()
+        target.step()
+
+
+def density_error(model: nn.Module, wanted: float) -> float:
+    return (1 - sparsity(model)) / (1 - wanted) - 1
+
+
+def attached(groups: Any, lr: float) -> torch.optim.Optimizer:
+    optimizer = torch.optim.NAdam(groups, lr=lr)
+    attach_pnorm_decay(optimizer, p=0.8, lambda_p=1.0)
+    return optimizer
+
+
+@pytest.mark.parametrize("seed", [0, 1])
+@pytest.mark.parametrize("lr", [1e-3, 1e-2])
+@pytest.mark.parametrize("wanted", [0.5, 0.8, 0.9, 0.95, 0.98, 0.99])
+@pytest.mark.parametrize("p", [0.5, 0.8])
+def test_it_is_met(p: float, wanted: float, lr: float, seed: int) -> None:
+    model = network(seed)
+    optimizer = AdamPWD(param_groups(model, p=p, lambda_p=1.0), lr=lr)
+    target = TargetSparsity(optimizer, wanted, steps=300)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        train(model, optimizer, target, 300)
+    assert abs(density_error(model, wanted)) < 0.03
+    assert target.is_resting
+    group = optimizer.param_groups[0]
+    assert (group["lambda_p"], group["hold_zeros"]) == (0, True)
+    assert optimizer.param_groups[1]["lambda_p"] == 0
+    assert not optimizer.param_groups[1]["hold_zeros"]
+
+
+@pytest.mark.parametrize(
+    ("make", "p", "lr"),
+    [
+        (SGDPWD, 0.8, 0.1),
+        (lambda groups, lr: SGDPWD(groups, lr=lr, momentum=0.9), 0.5, 0.03),
+        (lambda groups, lr: AdamPWD(groups, lr=lr, exact=True), 0.5, 1e-2),
+        (lambda groups, lr: AdamPWD(groups, lr=lr, exact=True), 0.8, 1e-2),
+        (AdamPWD, 1.0, 1e-2),
+        (attached, 0.8, 3e-3),
+    ],
+)
+def test_it_is_met_by_every_optimizer(make: Any, p: float, lr: float) -> None:
+    model = network()
+    optimizer = make(param_groups(model, p=p, lambda_p=1.0), lr=lr)
+    target = TargetSparsity(optimizer, 0.9, steps=600)
+    train(model, optimizer, target, 600)
+    assert abs(density_error(model, 0.9)) < 0.03
+
+
+def test_what_lambda_p_was_given_does_not_matter_but_for_the_ratios() -> None:
+    results = []
+    for scale in (1e-4, 1e2):
+        model = network()
+        groups = [
+            {"params": [model[0].weight], "p": 0.8, "lambda_p": scale},
+            {"params": [model[2].weight], "p": 0.8, "lambda_p": 2 * scale},
+            {"params": [model[4].weight], "p": 0.8, "lambda_p": 0.0},
+        ]
+        optimizer = AdamPWD(groups, lr=1e-2)
+        target = TargetSparsity(optimizer, 0.7, steps=200)
+        train(model, optimizer, target, 60)
+        first, second, third = target.get_last_value()
+        assert second == pytest.approx(2 * first)
+        assert first > third == 0
+        train(model, optimizer, target, 200, begin=60)
+        results.append([parameter.detach().clone() for parameter in model.parameters()])
+    for one, other in zip(*results, strict=True):
+        torch.testing.assert_close(one, other)
+
+
+@pytest.mark.parametrize("stop", [1, 37, 150])
+def test_a_resumed_run_is_the_uninterrupted_one(stop: int) -> None:
+    def begin() -> tuple[nn.Module, Any, TargetSparsity]:
+        model = network()
+        optimizer = AdamPWD(param_groups(model, p=0.8, lambda_p=1.0), lr=1e-2)
+        return model, optimizer, TargetSparsity(optimizer, 0.9, steps=200, interval=3)
+
+    whole = begin()
+    train(*whole, 200)
+    model, optimizer, target = begin()
+    train(model, optimizer, target, stop)
+    states = [copy.deepcopy(part.state_dict()) for part in (model, optimizer, target)]
+    resumed = begin()
+    for part, state in zip(resumed, states, strict=True):
+        part.load_state_dict(state)
+    train(*resumed, 200, begin=stop)
+    for one, other in zip(whole[0].parameters(), resumed[0].parameters(), strict=True):
+        assert torch.equal(one, other)
+
+
+def test_groups_that_are_replaced_are_still_steered() -> None:
+    """As accelerate's prepare does, by loading the optimizer's own state."""
+    model = network()
+    optimizer = AdamPWD(param_groups(model, p=0.8, lambda_p=1.0), lr=1e-2)
+    target = TargetSparsity(optimizer, 0.9, steps=200)
+    optimizer.load_state_dict(optimizer.state_dict())
+    train(model, optimizer, target, 200)
+    assert abs(density_error(model, 0.9)) < 0.03
+
+
+def test_a_tensor_lambda_p_is_filled() -> None:
+    model = network()
+    strength = torch.tensor(1.0)
+    optimizer = AdamPWD(param_groups(model, p=0.8, lambda_p=strength), lr=1e-2)  # type: ignore[arg-type]
+    target = TargetSparsity(optimizer, 0.9, steps=200)
+    train(model, optimizer, target, 200)
+    assert optimizer.param_groups[0]["lambda_p"] is strength
+    assert abs(density_error(model, 0.9)) < 0.03
+
+
+@pytest.mark.parametrize(
+    ("p", "steps", "reason"),
+    [(1.5, 100, "p = 1.5 is above 1"), (0.8, 3, "the run was too short")],
+)
+def test_a_target_that_is_not_met_is_told_with_the_reason(
+    p: float, steps: int, reason: str
+) -> None:
+    model = network()
+    optimizer = AdamPWD(param_groups(model, p=p, lambda_p=1.0), lr=1e-3)
+    target = TargetSparsity(optimizer, 0.9, steps=steps)
+    with pytest.warns(UserWarning, match=rf"TargetSparsity: 0\.\d+ .* instead of 0\.9: {reason}"):
+        train(model, optimizer, target, steps)
+
+
+def test_a_network_that_is_too_sparse_already_is_told() -> None:
+    model = network()
+    for parameter in model.parameters():
+        parameter.data *= torch.rand_like(parameter) < 0.01
+    optimizer = AdamPWD(param_groups(model, p=0.8, lambda_p=1.0), lr=1e-3)
+    target = TargetSparsity(optimizer, 0.5, steps=20)
+    with pytest.warns(UserWarning, match="instead of 0.5: more weights than that were zero"):
+        train(model, optimizer, target, 20)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"sparsity": 0.0}, r"Invalid sparsity: 0\.0"),
+        ({"sparsity": 1.0}, r"Invalid sparsity: 1\.0"),
+        ({"sparsity": float("nan")}, "Invalid sparsity: nan"),
+        ({"steps": 0}, "Invalid steps: 0"),
+        ({"steps": 1.5}, r"Invalid steps: 1\.5"),
+        ({"begin": -0.1}, r"Invalid begin: -0\.1"),
+        ({"begin": 0.5, "end": 0.5}, r"Invalid end: 0\.5"),
+        ({"end": 1.1}, r"Invalid end: 1\.1"),
+        ({"interval": 0}, "Invalid interval: 0"),
+    ],
+)
+def test_bad_values_are_named(options: dict[str, Any], message: str) -> None:
+    optimizer = AdamPWD(network().parameters(), p=0.8, lambda_p=1.0)
+    with pytest.raises(ValueError, match=message):
+        TargetSparsity(optimizer, **{"sparsity": 0.9, "steps": 100, **options})
+
+
+def test_an_optimizer_that_cannot_decay_is_refused() -> None:
+    with pytest.raises(ValueError, match="no p-norm decay"):
+        TargetSparsity(torch.optim.Adam(network().parameters()), 0.9, 100)
+    with pytest.raises(ValueError, match="lambda_p is 0 in every group"):
+        TargetSparsity(AdamPWD(network().parameters(), p=0.8, lambda_p=0.0), 0.9, 100)
+
+
+def test_the_census_counts_zeros_exactly_and_quantiles_nearly() -> None:
+    from pnorm_decay.optim.target import _Census
+
+    generator = torch.Generator().manual_seed(0)
+    params = [torch.randn(300, 700, generator=generator), torch.randn(50, generator=generator)]
+    params[0][torch.rand(300, 700, generator=generator) < 0.3] = 0
+    census = _Census(take_census(params))
+    every = torch.cat([param.flatten() for param in params])
+    assert census.sparsity() == float((every == 0).double().mean())
+    assert census.quantile(0.2) == 0
+    for share in (0.4, 0.7, 0.99):
+        assert census.quantile(share) == pytest.approx(float(every.abs().quantile(share)), rel=0.05)
