@@ -14,6 +14,7 @@ from torch.distributed.optim import ZeroRedundancyOptimizer
 from torch.nn.parallel import DistributedDataParallel
 
 from pnorm_decay import AdamPWD, param_groups, sparsity
+from pnorm_decay.optim import TargetSparsity
 from pnorm_decay.sparsity import zero_fraction, zeroed
 
 OPTIONS = {"lr": 0.05, "p": 0.8, "lambda_p": 0.05}
@@ -39,6 +40,21 @@ def train(model: nn.Module, optimizer: torch.optim.Optimizer, rank: int) -> None
 
 def groups(model: nn.Module) -> list[dict[str, Any]]:
     return param_groups(model, p=OPTIONS["p"], lambda_p=OPTIONS["lambda_p"])
+
+
+def train_to_target(model: nn.Module, rank: int) -> tuple[list[float], float]:
+    """The lambda_p of every step, and the sparsity at the end."""
+    optimizer = AdamPWD(groups(model), lr=OPTIONS["lr"])
+    target = TargetSparsity(optimizer, 0.5, steps=90)
+    strengths = []
+    for _ in range(30):
+        for batch in batches(rank):
+            optimizer.zero_grad()
+            model(batch).square().mean().backward()
+            optimizer.step()
+            target.step()
+            strengths.append(float(optimizer.param_groups[0]["lambda_p"]))
+    return strengths, sparsity(model)
 
 
 def worker(rank: int, port: int, folder: str) -> None:
@@ -69,6 +85,11 @@ def worker(rank: int, port: int, folder: str) -> None:
         results[f"{name}_sparsity"] = sparsity(model, threshold=0.1)
         with zeroed(model, threshold=0.1):
             results[f"{name}_zeroed"] = zero_fraction(model)
+    model = network()
+    fully_shard(model, mesh=dist.device_mesh.init_device_mesh("cpu", (2,)))
+    results["fsdp2_target"] = train_to_target(model, rank)
+    model = DistributedDataParallel(network())
+    results["ddp_target"] = train_to_target(model, rank)
     torch.save(results, f"{folder}/{rank}.pt")
     dist.barrier()
     dist.destroy_process_group()
@@ -114,3 +135,14 @@ def test_a_sharded_state_trains_as_one(results: list[dict[str, Any]]) -> None:
     for result in results:
         for ours, alone in zip(result["zero"], model.parameters(), strict=True):
             torch.testing.assert_close(ours, alone)
+
+
+@pytest.mark.parametrize("name", ["ddp_target", "fsdp2_target"])
+def test_a_target_is_steered_alike_in_all_processes(
+    results: list[dict[str, Any]], name: str
+) -> None:
+    strengths, reached = train_to_target(network(), rank=-1)
+    for result in results:
+        assert result[name][0] == results[0][name][0]
+        assert result[name][0][:20] == pytest.approx(strengths[:20], rel=1e-6)
+        assert result[name][1] == pytest.approx(reached, abs=0.02) == pytest.approx(0.5, abs=0.02)

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pnorm_decay import AdamPWD
-from pnorm_decay.training.schedule import DecaySchedule, WarmupCosine, warmup_cosine
+from pnorm_decay.training.schedule import DecaySchedule, TargetSchedule, WarmupCosine, warmup_cosine
 from pnorm_decay.training.settings import ConfigError
 
 
@@ -109,3 +109,34 @@ def test_an_optimizer_without_the_option():
     optimizer = torch.optim.AdamW([torch.nn.Parameter(torch.ones(1))])
     with pytest.raises(ConfigError, match="no such option"):
         DecaySchedule(option="p", start=2.0).attach(optimizer, 10)
+
+
+def test_a_group_without_decay_has_none_on_the_way_to_the_others_value():
+    decayed, undecayed = (torch.nn.Parameter(torch.ones(2, 2)) for _ in range(2))
+    optimizer = AdamPWD(
+        [{"params": [decayed]}, {"params": [undecayed], "lambda_p": 0.0}], p=0.5, lambda_p=0.4
+    )
+    (scheduler,) = DecaySchedule(option="lambda_p", start=0.9).attach(optimizer, 10)
+    for _ in range(10):
+        assert optimizer.param_groups[0]["lambda_p"] > 0
+        assert optimizer.param_groups[1]["lambda_p"] == 0
+        scheduler.step()
+
+
+@pytest.mark.parametrize(
+    ("options", "named"),
+    [
+        ({"sparsity": 1.0}, "decay_schedule.sparsity=1.0"),
+        ({"sparsity": 0.9, "begin": 1.0}, "decay_schedule.begin=1.0"),
+        ({"sparsity": 0.9, "begin": 0.5, "end": 0.4}, "decay_schedule.end=0.4"),
+    ],
+)
+def test_bad_target_schedules(options, named):
+    with pytest.raises(ConfigError, match=named):
+        TargetSchedule(**options)
+
+
+def test_a_target_needs_decay():
+    optimizer = torch.optim.AdamW([torch.nn.Parameter(torch.ones(2, 2))])
+    with pytest.raises(ConfigError, match=r"decay_schedule=target_sparsity: .*no p-norm decay"):
+        TargetSchedule(sparsity=0.9).attach(optimizer, 10)
