@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from pnorm_decay.optim.groups import split_decayed
-from pnorm_decay.optim.layout import local
+from pnorm_decay.optim.layout import local_part
 
 __all__ = ["layer_sparsity", "sparsity", "structured_share", "zero_fraction", "zeroed"]
 
@@ -91,7 +91,7 @@ def zeroed(model: nn.Module, threshold: float = 1e-13) -> Iterator[nn.Module]:
     """
     saved = []
     with torch.no_grad():
-        for tensor in map(local, _decayed(model)):
+        for tensor in map(local_part, _decayed(model)):
             small = tensor.abs() < threshold
             saved.append((tensor, small, tensor[small]))
             tensor.masked_fill_(small, 0)

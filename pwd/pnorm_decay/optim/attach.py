@@ -9,7 +9,7 @@ from torch.optim import Optimizer
 
 from pnorm_decay.optim.base import PNormDecayOptimizer
 from pnorm_decay.optim.guards import refuse_complex, warn_of_stuck
-from pnorm_decay.optim.layout import flush_subnormal, local, widened
+from pnorm_decay.optim.layout import flush_subnormal, local_part, widened
 from pnorm_decay.optim.options import Group, check
 from pnorm_decay.optim.shrink import Exact, Reweighted, Shrink
 
@@ -26,7 +26,7 @@ class PNormDecay:
             raise ValueError(f"{type(optimizer).__name__} has p-norm weight decay already")
         self._optimizer, self._options = optimizer, options
         self._moving: list[tuple[Tensor, Shrink, Tensor]] = []
-        self._met_decay: set[int] = set()
+        self._checked_for_zeros: set[int] = set()
         for group in optimizer.param_groups:
             self._check(self._complete(group))
         self._hooks = [
@@ -59,19 +59,19 @@ class PNormDecay:
             if not params or not (group["lambda_p"] or group["hold_zeros"]):
                 continue
             refuse_complex(params, type(optimizer).__name__)
-            warn_of_stuck(params, group, self._met_decay, stacklevel=5)
+            warn_of_stuck(params, group, self._checked_for_zeros, stacklevel=5)
             kind = Exact if group["exact"] else Reweighted
             common = (group["p"], group["lr"], group["lambda_p"])
             shrink = kind(*common, hold_zeros=group["hold_zeros"])
             for param in params:
-                known = shrink.before(widened(local(param)), None)
+                known = shrink.before(widened(local_part(param)), None)
                 self._moving.append((param, shrink, known))
 
     @torch.no_grad()
     def _after_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
         for param, shrink, known in self._moving:
             if param.grad is not None:
-                w = local(param)
+                w = local_part(param)
                 w.copy_(flush_subnormal(shrink.after(widened(w), known)))
         self._moving.clear()
 

@@ -12,7 +12,7 @@ from torch.optim.optimizer import ParamsT
 from pnorm_decay.decay import shrink_factor
 from pnorm_decay.optim import backends, op
 from pnorm_decay.optim.guards import refuse_complex, warn_of_stuck
-from pnorm_decay.optim.layout import Slot, State, check_shapes, local, names_of
+from pnorm_decay.optim.layout import Slot, State, check_shapes, local_part, names_of
 from pnorm_decay.optim.options import Group, Number, check, decays
 from pnorm_decay.optim.rules import Rule
 from pnorm_decay.optim.shrink import Delayed, shrink_of
@@ -26,7 +26,7 @@ class PNormDecayOptimizer(Optimizer):
     rule: Rule
 
     def __init__(self, params: ParamsT, defaults: Group) -> None:
-        self._met_decay: set[int] = set()  # ids of the parameters that have been looked at
+        self._checked_for_zeros: set[int] = set()  # ids of the parameters that have been looked at
         self._key = op.register(self)
         self._params: list[Tensor] = []  # of all groups: a compiled step must not look into groups
         super().__init__(params, defaults)
@@ -97,7 +97,7 @@ class PNormDecayOptimizer(Optimizer):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
-        self._met_decay = set()
+        self._checked_for_zeros = set()
         self._key = op.register(self)
         self._params = [param for group in self.param_groups for param in group["params"]]
         for group in self.param_groups:
@@ -153,7 +153,7 @@ class PNormDecayOptimizer(Optimizer):
 
     def _decayed_step(self, params: list[Tensor], group: Group) -> None:
         refuse_complex(params, type(self).__name__)
-        warn_of_stuck(params, group, self._met_decay, stacklevel=6)
+        warn_of_stuck(params, group, self._checked_for_zeros, stacklevel=6)
         alpha = group["lr"]
         if isinstance(alpha, Tensor) and not keeps_tensors(group):
             alpha = float(alpha)
@@ -167,12 +167,16 @@ class PNormDecayOptimizer(Optimizer):
             for param, state in zip(params, states, strict=True):
                 if "auxiliary" not in state:
                     state["auxiliary"] = torch.zeros_like(param)
-                    local(state["auxiliary"]).copy_(shrink_factor(local(param), group["p"], 1))
+                    local_part(state["auxiliary"]).copy_(
+                        shrink_factor(local_part(param), group["p"], 1)
+                    )
         slots = []
         for param, state, step, is_first in zip(params, states, steps, first, strict=True):
             assert param.grad is not None
-            own = {name: local(state[name]) for name in names}
-            slot = Slot(local(param), local(param.grad).resolve_neg(), own, step, is_first)
+            own = {name: local_part(state[name]) for name in names}
+            slot = Slot(
+                local_part(param), local_part(param.grad).resolve_neg(), own, step, is_first
+            )
             check_shapes(slot, group, param)
             slots.append(slot)
         backends.run(slots, self.rule, shrink, group)

@@ -5,7 +5,7 @@ import warnings
 import torch
 from torch import Tensor
 
-from pnorm_decay.optim.layout import local, names_of
+from pnorm_decay.optim.layout import local_part, names_of
 from pnorm_decay.optim.options import Group
 
 __all__ = ["refuse_complex", "warn_of_stuck"]
@@ -21,21 +21,21 @@ def refuse_complex(params: list[Tensor], owner: str) -> None:
 
 
 def warn_of_stuck(
-    params: list[Tensor], group: Group, met_decay: set[int], *, stacklevel: int
+    params: list[Tensor], group: Group, checked: set[int], *, stacklevel: int
 ) -> None:
     """Warns of parameters that decay with p < 2 holds at 0 from the start.
 
     Args:
         params: some of the group's parameters.
         group: their group.
-        met_decay: the ids of parameters that have been looked at, which this one extends.
+        checked: the ids of parameters that have been looked at, which this one extends.
         stacklevel: of the warning, which names the line that takes the step.
     """
-    new = [param for param in params if param.numel() and id(param) not in met_decay]
+    new = [param for param in params if param.numel() and id(param) not in checked]
     if not new or not (group["hold_zeros"] or (group["lambda_p"] and group["p"] < 2)):
         return
-    met_decay.update(map(id, new))
-    moves = torch.stack([(local(param) != 0).any().cpu() for param in new]).tolist()
+    checked.update(map(id, new))
+    moves = torch.stack([(local_part(param) != 0).any().cpu() for param in new]).tolist()
     stuck = {id(param) for param, moving in zip(new, moves, strict=True) if not moving}
     names = [n for p, n in zip(group["params"], names_of(group), strict=True) if id(p) in stuck]
     if names:

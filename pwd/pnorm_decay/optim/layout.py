@@ -10,7 +10,7 @@ from torch.nn import Parameter
 
 from pnorm_decay.optim.options import Group, Number
 
-__all__ = ["Slot", "flush_subnormal", "is_flat", "local", "names_of", "pieces", "widened"]
+__all__ = ["Slot", "flush_subnormal", "is_flat", "local_part", "names_of", "pieces", "widened"]
 
 State = dict[str, Tensor]
 
@@ -36,7 +36,7 @@ class Slot:
         return Slot(function(self.param), function(self.grad), state, self.step, self.is_first)
 
 
-def local(tensor: Tensor) -> Tensor:
+def local_part(tensor: Tensor) -> Tensor:
     """The part of a distributed tensor (DTensor) that this process holds; others unchanged."""
     if type(tensor) in (Tensor, Parameter):
         return tensor

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from pnorm_decay.optim.layout import local
+from pnorm_decay.optim.layout import local_part
 from pnorm_decay.optim.options import Group
 
 __all__ = ["TargetSparsity"]
@@ -233,7 +233,7 @@ def take_census(params: list[Tensor]) -> Tensor:
     stride = max(1, sum(param.numel() for param in params) // SAMPLE)
     parts = []
     for param in params:
-        w = local(param)
+        w = local_part(param)
         sample = w.flatten()[::stride].abs().float()
         sizes = torch.histc(sample.log2(), BINS, *LOG_RANGE)  # leaves out what is beyond
         counts = torch.tensor([w.numel(), 0, sample.numel()], dtype=torch.float64)
