@@ -44,13 +44,13 @@ def shared_library(source: Path, *flags: str) -> ctypes.CDLL:
     Raises:
         OSError: there is no compiler, or it failed; the message says what to install.
     """
-    compiler = shlex.split(os.environ.get("CC", "")) or [
-        name for name in ("cc", "gcc", "clang") if shutil.which(name)
-    ]
+    try:
+        compiler = shlex.split(os.environ.get("CC", ""))
+    except ValueError as error:
+        raise OSError(f"CC={os.environ['CC']}: {error}.") from None
+    compiler = compiler or [name for name in ("cc", "gcc", "clang") if shutil.which(name)][:1]
     if not compiler or not shutil.which(compiler[0]):
         raise OSError("Install a C compiler with OpenMP (Debian, Ubuntu: apt install gcc).")
-    if not os.environ.get("CC"):
-        compiler = compiler[:1]
     command = [*compiler, *CPU_FLAGS, *flags]
     # The predefined macros name the compiler's version and what this processor can do.
     macros = _run([*command, "-dM", "-E", "-x", "c", os.devnull])
@@ -197,15 +197,14 @@ def _cached(source: Path, suffix: str, build: Callable[[Path], None], *key: str)
     """The file that `build` makes of the source, from the cache where it is there and sound."""
     digest = hashlib.sha256(b"\0".join([source.read_bytes(), *(part.encode() for part in key)]))
     name = f"{source.stem}-{digest.hexdigest()[:32]}{suffix}"
-    base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    folder = Path(os.environ.get("PNORM_DECAY_CACHE") or Path(base) / "pnorm_decay")
-    if _is_sound(folder / name):
-        return folder / name
+    if _is_sound(_user_folder() / name):
+        return _user_folder() / name
     with tempfile.TemporaryDirectory() as scratch:
         build(Path(scratch) / name)
         content = (Path(scratch) / name).read_bytes()
-    for target in (folder / name, Path(_process_folder().name) / name):
+    for folder in (_user_folder, lambda: Path(_process_folder().name)):
         try:
+            target = folder() / name
             target.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
             with atomic_write(target) as file:
                 # Loaders ignore what follows the file's own end.
@@ -214,9 +213,16 @@ def _cached(source: Path, suffix: str, build: Callable[[Path], None], *key: str)
                 return target
         except OSError:  # a cache that cannot be written: this process has one of its own
             continue
-    raise OSError(
-        f"What was compiled can be written neither to {folder} nor to a temporary folder."
-    )
+    raise OSError(f"Neither {_user_folder()} nor a temporary folder can be written.")
+
+
+def _user_folder() -> Path:
+    """Where files are kept, absolute; the process's own folder where the user has no home."""
+    chosen, base = os.environ.get("PNORM_DECAY_CACHE"), os.environ.get("XDG_CACHE_HOME")
+    try:
+        return Path(chosen or Path(base or Path.home() / ".cache") / "pnorm_decay").resolve()
+    except RuntimeError:
+        return Path(_process_folder().name)
 
 
 def _is_sound(path: Path) -> bool:

@@ -8,7 +8,7 @@ the proximal step of the penalty itself: `proximal_factor`.
 """
 
 import math
-from functools import cache
+from functools import lru_cache
 from typing import NamedTuple
 
 import torch
@@ -16,7 +16,8 @@ from torch import Tensor
 
 __all__ = ["auxiliary", "penalty", "proximal_factor", "proximal_fit", "shrink_factor"]
 
-NEWTON_STEPS = 8  # to the last bit of float64 for every p, from the starts below
+NEWTON_STEPS = 10  # to the last bit of float64, but for p within 1e-3 of 1
+NEARLY_1 = 1e-6  # p that are nearer to 1 are 1: their differences would be lost in float32
 
 
 def penalty(w: Tensor, p: float) -> Tensor:
@@ -133,12 +134,14 @@ def proximal_factor(v: Tensor, p: float, step: float | Tensor) -> Tensor:
     x = _widen(v.abs())
     if not isinstance(step, Tensor):
         _check_step(step)
-        step = torch.full((), step, dtype=x.dtype, device=x.device)
+        if step == 0:
+            return torch.ones_like(v)
     if p == 2:
         return (torch.ones_like(x) / (1 + step)).to(v.dtype)
     zero = x == 0
-    log_r = step.to(x.dtype).log() + (p - 2) * x.masked_fill(zero, 1).log()
-    if p == 1:
+    log_step = step.to(x.dtype).log() if isinstance(step, Tensor) else math.log(step)
+    log_r = log_step + (p - 2) * x.masked_fill(zero, 1).log()
+    if abs(p - 1) < NEARLY_1:
         factor = (1 - log_r.exp()).clamp(min=0)
     else:
         a = p - 1
@@ -167,8 +170,8 @@ def survival_limit(p: float) -> tuple[float, float]:
     `h = 2q / (1 + q)`, no better than 0, and where it meets the other one, `h = q / (1 + q)`.
     """
     q = 1 - p
-    ends = (2 * q / (1 + q), q / (1 + q))
-    limit, branch = ((1 - h) * h**q for h in ends)
+    limit = p / (1 + q) * (2 * q / (1 + q)) ** q
+    branch = 1 / (1 + q) * (q / (1 + q)) ** q
     return limit, branch
 
 
@@ -187,14 +190,14 @@ class ProximalFit(NamedTuple):
     coefficients: tuple[float, ...]  # the highest power last
 
 
-@cache
+@lru_cache(64)
 def proximal_fit(p: float, degree: int = 10) -> ProximalFit:
     """The fit for one p in (0, 2]: what compiled code evaluates instead of iterating."""
-    if p == 1 or p == 2:
+    if abs(p - 1) < NEARLY_1 or p == 2:
         return ProximalFit(1, 1, 1, 0, (0.0,) * (degree + 1))
     limit, branch = survival_limit(p) if p < 1 else (0.25, 1.0)
     low, high = ((1 - limit / branch) ** 0.5, 1.0) if p < 1 else (0.0, limit)
-    order = torch.arange(degree + 1, dtype=torch.float64)
+    order = torch.arange(degree + 1, dtype=torch.float64, device="cpu")
     nodes = torch.cos(torch.pi * (order + 0.5) / (degree + 1))  # Chebyshev's
     x = low + (high - low) * (nodes + 1) / 2
     r = branch * (1 - x**2) if p < 1 else x

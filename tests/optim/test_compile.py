@@ -75,3 +75,44 @@ def test_a_copied_optimizer_compiles_its_own_step() -> None:
     torch.compile(other.step, fullgraph=True, backend="eager")()
     assert all(not torch.equal(a, b) for a, b in zip(params, before, strict=True))
     assert not optimizer.state
+
+
+@torch.no_grad()
+def read_before(params: list[nn.Parameter], optimizer: Any) -> torch.Tensor:
+    before = [param * 3.0 for param in params]
+    optimizer.step()
+    changes = [(p - b).abs().sum() for p, b in zip(params, before, strict=True)]
+    return torch.stack(changes).sum()
+
+
+def scaled_gradient(params: list[nn.Parameter], optimizer: Any) -> None:
+    for param in params:
+        param.grad = param.grad * 0.1
+    optimizer.step()
+
+
+def halved_first(params: list[nn.Parameter], optimizer: Any) -> None:
+    with torch.no_grad():
+        for param in params:
+            param.mul_(0.5)
+    optimizer.step()
+
+
+@pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
+@pytest.mark.parametrize("function", [read_before, scaled_gradient, halved_first])
+def test_it_is_right_whatever_the_compiler_makes_of_what_is_around_it(
+    function: Any, backend: str
+) -> None:
+    results = []
+    for wrap in (lambda f: f, lambda f: torch.compile(f, backend=backend)):
+        torch.compiler.reset()
+        params = [nn.Parameter(torch.linspace(-1, 1, 6).reshape(2, 3)) for _ in range(2)]
+        optimizer = SGDPWD(params, lr=0.1, p=0.8, lambda_p=0.1, momentum=0.9)
+        for param in params:
+            param.grad = torch.full_like(param, 0.5)
+        step = wrap(function)
+        returned = [step(params, optimizer) for _ in range(2)]
+        results.append((returned, params))
+    (expected, weights), (actual, compiled) = results
+    torch.testing.assert_close(actual, expected)
+    torch.testing.assert_close(compiled, weights)

@@ -11,9 +11,10 @@ import torch.multiprocessing as mp
 from torch import nn
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.optim import ZeroRedundancyOptimizer
+from torch.distributed.tensor import DTensor, Partial, Replicate, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
 
-from pnorm_decay import AdamPWD, param_groups, sparsity
+from pnorm_decay import SGDPWD, AdamPWD, param_groups, sparsity
 from pnorm_decay.optim import TargetSparsity
 from pnorm_decay.sparsity import zero_fraction, zeroed
 
@@ -40,6 +41,16 @@ def train(model: nn.Module, optimizer: torch.optim.Optimizer, rank: int) -> None
 
 def groups(model: nn.Module) -> list[dict[str, Any]]:
     return param_groups(model, p=OPTIONS["p"], lambda_p=OPTIONS["lambda_p"])
+
+
+def replicated_step(rank: int) -> torch.Tensor:
+    """A step of a replicated weight whose gradient is still a sum over the processes."""
+    mesh = dist.device_mesh.init_device_mesh("cpu", (2,))
+    torch.manual_seed(0)
+    weight = nn.Parameter(distribute_tensor(torch.ones(2, 3), mesh, [Replicate()]))
+    weight.grad = DTensor.from_local(torch.full((2, 3), rank + 1.0), mesh, [Partial()])
+    SGDPWD([weight], lr=0.1, p=2, lambda_p=0.0, weight_decay=0.1).step()
+    return weight.to_local().detach()
 
 
 def train_to_target(model: nn.Module, rank: int) -> tuple[list[float], float]:
@@ -85,6 +96,7 @@ def worker(rank: int, port: int, folder: str) -> None:
         results[f"{name}_sparsity"] = sparsity(model, threshold=0.1)
         with zeroed(model, threshold=0.1):
             results[f"{name}_zeroed"] = zero_fraction(model)
+    results["replicated"] = replicated_step(rank)
     model = network()
     fully_shard(model, mesh=dist.device_mesh.init_device_mesh("cpu", (2,)))
     results["fsdp2_target"] = train_to_target(model, rank)
@@ -146,3 +158,8 @@ def test_a_target_is_steered_alike_in_all_processes(
         assert result[name][0] == results[0][name][0]
         assert result[name][0][:20] == pytest.approx(strengths[:20], rel=1e-6)
         assert result[name][1] == pytest.approx(reached, abs=0.02) == pytest.approx(0.5, abs=0.02)
+
+
+def test_a_gradient_of_another_placement_is_added_up(results: list[dict[str, Any]]) -> None:
+    for result in results:
+        torch.testing.assert_close(result["replicated"], torch.full((2, 3), 0.7 / 1.01))

@@ -444,3 +444,65 @@ def test_autograds_version_counter_sees_the_step(how: dict[str, Any]) -> None:
     optimizer.step()
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         saved.backward()
+
+
+@pytest.mark.parametrize("how", HOW)
+def test_a_strength_of_0_in_a_tensor_holds_nothing(how: dict[str, Any]) -> None:
+    param = Parameter(torch.tensor([[0.0, 1e-30, 1e-20, 1.0]]))
+    optimizer = SGDPWD([param], lr=0.1, p=0.5, lambda_p=torch.tensor(0.0), **how)
+    param.grad = torch.tensor([[-1.0, 0.0, 0.0, 0.0]])
+    optimizer.step()
+    torch.testing.assert_close(param, torch.tensor([[0.1, 1e-30, 1e-20, 1.0]]))
+
+
+@pytest.mark.parametrize("how", HOW)
+@pytest.mark.parametrize("p", [1 - 9e-16, 1 + 4e-16, 1 - 5e-9, 1 + 5e-9, 1 - 2e-7, 1 + 2e-7])
+def test_p_all_but_1_is_1(p: float, how: dict[str, Any]) -> None:
+    values = torch.linspace(-1, 1, 300).reshape(3, 100)
+    results = []
+    for exponent in (p, 1):
+        param = Parameter(values.clone())
+        optimizer = AdamPWD([param], lr=0.1, p=exponent, lambda_p=1.0, exact=True, **how)
+        param.grad = values.flip(1)
+        optimizer.step()
+        results.append(param)
+    torch.testing.assert_close(*results)
+
+
+@pytest.mark.parametrize("how", HOW)
+def test_a_parameter_with_its_sign_in_a_bit(how: dict[str, Any]) -> None:
+    param = Parameter(torch._neg_view(torch.ones(3)))
+    optimizer = SGDPWD([param], lr=0.1, p=2, lambda_p=0.1, **how)
+    param.grad = torch.ones(3)
+    optimizer.step()
+    torch.testing.assert_close(param.detach().clone(), torch.full((3,), -1.1 / 1.01))
+
+
+def test_another_default_device_changes_nothing() -> None:
+    torch.set_default_device("meta")
+    try:
+        param = Parameter(torch.ones(3, 3, device="cpu"))
+        optimizer = AdamPWD([param], lr=0.1, p=0.8, lambda_p=0.0)
+        decayed = AdamPWD([param], lr=0.1, p=0.8, lambda_p=0.1, exact=True)
+        param.grad = torch.ones(3, 3, device="cpu")
+        optimizer.step()
+        decayed.step()
+    finally:
+        torch.set_default_device(None)
+    assert (param < 0.9).all()
+    assert decayed.state[param]["step"] == 1
+
+
+@pytest.mark.parametrize("betas", [(0.9,), 0.9, (0.9, 0.99, 0.5), (0.9, 1.0)])
+def test_bad_betas_are_named(betas: Any) -> None:
+    with pytest.raises(ValueError, match="Invalid betas: "):
+        AdamPWD([Parameter(torch.ones(2))], p=0.5, lambda_p=0.1, betas=betas)
+
+
+def test_a_huge_strength_is_no_error() -> None:
+    for how in HOW:
+        param = Parameter(torch.ones(3, 3))
+        optimizer = AdamPWD([param], p=0.5, lambda_p=1e40, exact=True, **how)
+        param.grad = torch.ones_like(param)
+        optimizer.step()
+        assert not param.any()

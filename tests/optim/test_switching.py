@@ -157,3 +157,14 @@ def test_a_checkpoint_of_an_old_torch_counts_steps_in_numbers(how: dict[str, Any
     new.load_state_dict(state)
     train(new, params, start=5)
     assert all(new.state[param]["step"] == 10 for param in params)
+
+
+def test_an_optimizer_that_an_older_version_pickled_goes_on() -> None:
+    params = make_parameters()
+    optimizer = AdamPWD(params, p=0.7, lambda_p=0.1)
+    train(optimizer, params)
+    for options in (optimizer.defaults, optimizer.param_groups[0]):
+        del options["hold_zeros"], options["exact"]
+    other = pickle.loads(pickle.dumps(optimizer))
+    train(other, other.param_groups[0]["params"], start=5)
+    assert other.param_groups[0]["hold_zeros"] is False

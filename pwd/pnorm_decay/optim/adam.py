@@ -117,7 +117,7 @@ class AdamPWD(PNormDecayOptimizer):
     ) -> None:
         defaults = {
             "lr": lr,
-            "betas": (float(betas[0]), float(betas[1])),
+            "betas": tuple(map(float, betas)) if isinstance(betas, (tuple, list)) else betas,
             "eps": eps,
             "weight_decay": weight_decay,
             "amsgrad": amsgrad,

@@ -1,5 +1,6 @@
 """What AdamPWD and SGDPWD share: guard rails, and a step made of a rule, a shrink, a backend."""
 
+import inspect
 from collections.abc import Callable
 from itertools import chain
 from typing import Any
@@ -12,7 +13,7 @@ from torch.optim.optimizer import ParamsT
 from pnorm_decay.decay import shrink_factor
 from pnorm_decay.optim import backends, op
 from pnorm_decay.optim.guards import refuse_complex, warn_of_stuck
-from pnorm_decay.optim.layout import Slot, State, check_shapes, local_part, names_of
+from pnorm_decay.optim.layout import Slot, State, check_shapes, local_part, names_of, suits_fused
 from pnorm_decay.optim.options import Group, Number, check, decays
 from pnorm_decay.optim.rules import Rule
 from pnorm_decay.optim.shrink import Delayed, shrink_of
@@ -28,7 +29,9 @@ class PNormDecayOptimizer(Optimizer):
     def __init__(self, params: ParamsT, defaults: Group) -> None:
         self._checked_for_zeros: set[int] = set()  # ids of the parameters that have been looked at
         self._key = op.register(self)
-        self._params: list[Tensor] = []  # of all groups: a compiled step must not look into groups
+        self.params_of_all_groups: list[
+            Tensor
+        ] = []  # of all groups: a compiled step must not look into groups
         super().__init__(params, defaults)
 
     def add_param_group(self, param_group: Group) -> None:
@@ -54,7 +57,7 @@ class PNormDecayOptimizer(Optimizer):
         if len(set(params)) < len(params):
             self.param_groups.pop()
             raise ValueError("A parameter is twice in one parameter group")
-        self._params += params
+        self.params_of_all_groups += params
 
     def _check(self, group: Group) -> None:
         check(group, f"{type(self).__name__} or its group")
@@ -99,13 +102,16 @@ class PNormDecayOptimizer(Optimizer):
         super().__setstate__(state)
         self._checked_for_zeros = set()
         self._key = op.register(self)
-        self._params = [param for group in self.param_groups for param in group["params"]]
+        self.params_of_all_groups = [
+            param for group in self.param_groups for param in group["params"]
+        ]
         for group in self.param_groups:
-            for name, value in self.defaults.items():  # those of a later version than the saved one
-                group.setdefault(name, value)
+            for name, option in inspect.signature(type(self).__init__).parameters.items():
+                if option.kind is option.KEYWORD_ONLY:  # one that the saved version lacked
+                    group.setdefault(name, option.default)
         for own in self.state.values():
             if "step" in own and not isinstance(own["step"], Tensor):  # of an old torch
-                own["step"] = torch.tensor(float(own["step"]), dtype=torch.float32)
+                own["step"] = torch.tensor(float(own["step"]), dtype=torch.float32, device="cpu")
 
     def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
         """Performs one step.
@@ -125,10 +131,12 @@ class PNormDecayOptimizer(Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        if torch.compiler.is_compiling():
-            params = [param for param in self._params if param.grad is not None]
+        if torch.compiler.is_compiling() and not self.defaults["differentiable"]:
+            everything = enumerate(self.params_of_all_groups)
+            places = [place for place, param in everything if param.grad is not None]
+            params = [self.params_of_all_groups[place] for place in places]
             with torch.no_grad():
-                op.step(params, [p.grad for p in params if p.grad is not None], self._key)
+                op.step(params, [p.grad for p in params if p.grad is not None], places, self._key)
         else:
             self.step_eagerly()
         return loss
@@ -149,7 +157,14 @@ class PNormDecayOptimizer(Optimizer):
                 if params and decays(group):
                     self._decayed_step(params, group)
                 elif params:
-                    self.rule.torch_step(params, [self.state[param] for param in params], group)
+                    self._undecayed_step(params, group)
+
+    def _undecayed_step(self, params: list[Tensor], group: Group) -> None:
+        states = [self.state[param] for param in params]
+        for param, state in zip(params, states, strict=True):
+            self.rule.prepare_torch_step(state, param, group)
+        slots = self._slots(params, group, self.rule.names(group))
+        self.rule.torch_step(params, states, group, suits_fused=all(map(suits_fused, slots)))
 
     def _decayed_step(self, params: list[Tensor], group: Group) -> None:
         refuse_complex(params, type(self).__name__)
@@ -160,26 +175,30 @@ class PNormDecayOptimizer(Optimizer):
         shrink = shrink_of(group, alpha)
         states = [self.state[param] for param in params]
         first = [self.rule.complete(s, p, group) for s, p in zip(states, params, strict=True)]
-        steps = count(states, group) if self.rule.counts_steps(group) else [1] * len(params)
         names = self.rule.names(group)
         if isinstance(shrink, Delayed):
             names = (*names, "auxiliary")
             for param, state in zip(params, states, strict=True):
                 if "auxiliary" not in state:
                     state["auxiliary"] = torch.zeros_like(param)
-                    local_part(state["auxiliary"]).copy_(
-                        shrink_factor(local_part(param), group["p"], 1)
-                    )
+                    fresh = shrink_factor(local_part(param), group["p"], 1)
+                    local_part(state["auxiliary"]).copy_(fresh)
+        slots = self._slots(params, group, names)
+        steps = count(states, group) if self.rule.counts_steps(group) else [1] * len(params)
+        for slot, step, is_first in zip(slots, steps, first, strict=True):
+            slot.step, slot.is_first, slot.grad = step, is_first, slot.grad.resolve_neg()
+        backends.run(slots, self.rule, shrink, group)
+
+    def _slots(self, params: list[Tensor], group: Group, names: tuple[str, ...]) -> list[Slot]:
+        """Views of what belongs to each parameter, after comparing their shapes."""
         slots = []
-        for param, state, step, is_first in zip(params, states, steps, first, strict=True):
-            assert param.grad is not None
-            own = {name: local_part(state[name]) for name in names}
-            slot = Slot(
-                local_part(param), local_part(param.grad).resolve_neg(), own, step, is_first
-            )
+        for param in params:
+            state = self.state[param]
+            own = {n: local_part(state[n], param) for n in names if state.get(n) is not None}
+            slot = Slot(local_part(param), local_part(param.grad, param), own)
             check_shapes(slot, group, param)
             slots.append(slot)
-        backends.run(slots, self.rule, shrink, group)
+        return slots
 
 
 def is_capturing() -> bool:
@@ -196,7 +215,7 @@ def count(states: list[State], group: Group) -> list[Number]:
     """Adds 1 to each step count; the new counts, as numbers where they lie on the host."""
     steps = [state["step"] for state in states]
     if steps[0].is_cpu:  # a tensor, because a number would be made one again for each count
-        torch._foreach_add_(steps, torch.tensor(1.0), alpha=1.0)
+        torch._foreach_add_(steps, torch.tensor(1.0, device="cpu"), alpha=1.0)
     else:
         torch._foreach_add_(steps, 1)
     as_tensors = keeps_tensors(group)

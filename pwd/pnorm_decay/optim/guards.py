@@ -5,7 +5,7 @@ import warnings
 import torch
 from torch import Tensor
 
-from pnorm_decay.optim.layout import local_part, names_of
+from pnorm_decay.optim.layout import PLAIN, names_of
 from pnorm_decay.optim.options import Group
 
 __all__ = ["refuse_complex", "warn_of_stuck"]
@@ -32,10 +32,18 @@ def warn_of_stuck(
         stacklevel: of the warning, which names the line that takes the step.
     """
     new = [param for param in params if param.numel() and id(param) not in checked]
-    if not new or not (group["hold_zeros"] or (group["lambda_p"] and group["p"] < 2)):
+    p, lambda_p = group["p"], group["lambda_p"]
+    # A tensor is not looked at: a captured step cannot wait for it.
+    stays = isinstance(lambda_p, Tensor) or (lambda_p and (isinstance(p, Tensor) or p < 2))
+    if not new or not (group["hold_zeros"] or stays):
         return
     checked.update(map(id, new))
-    moves = torch.stack([(local_part(param) != 0).any().cpu() for param in new]).tolist()
+    new = [param for param in new if type(param) in PLAIN or hasattr(param, "full_tensor")]
+    if not new:
+        return
+    counts = [(param != 0).sum() for param in new]
+    whole = [getattr(number, "full_tensor", lambda n=number: n)() for number in counts]
+    moves = torch.stack([number.cpu() for number in whole]).tolist()
     stuck = {id(param) for param, moving in zip(new, moves, strict=True) if not moving}
     names = [n for p, n in zip(group["params"], names_of(group), strict=True) if id(p) in stuck]
     if names:

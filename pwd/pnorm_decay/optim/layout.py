@@ -10,9 +10,23 @@ from torch.nn import Parameter
 
 from pnorm_decay.optim.options import Group, Number
 
-__all__ = ["Slot", "flush_subnormal", "is_flat", "local_part", "names_of", "pieces", "widened"]
+__all__ = [
+    "Slot",
+    "State",
+    "check_shapes",
+    "copy_back",
+    "flush_subnormal",
+    "is_16_bit",
+    "is_flat",
+    "local_part",
+    "names_of",
+    "pieces",
+    "suits_fused",
+    "widened",
+]
 
 State = dict[str, Tensor]
+PLAIN = (Tensor, Parameter)  # what has its elements in memory of its own; other subclasses may not
 
 # Elements that the foreach backend works on at a time: on a CPU what stays in its cache, elsewhere
 # what bounds the temporary memory at little cost.
@@ -27,8 +41,8 @@ class Slot:
     param: Tensor
     grad: Tensor
     state: State
-    step: Number  # the step's number, from 1
-    is_first: bool  # whether the state has been created in this step
+    step: Number = 1  # the step's number, from 1
+    is_first: bool = False  # whether the state has been created in this step
 
     def map(self, function: Any) -> "Slot":
         """The slot with a function applied to each of its tensors."""
@@ -36,12 +50,20 @@ class Slot:
         return Slot(function(self.param), function(self.grad), state, self.step, self.is_first)
 
 
-def local_part(tensor: Tensor) -> Tensor:
-    """The part of a distributed tensor (DTensor) that this process holds; others unchanged."""
-    if type(tensor) in (Tensor, Parameter):
+def local_part(tensor: Any, like: Any = None) -> Tensor:
+    """The part of a distributed tensor (DTensor) that this process holds; others unchanged.
+
+    Args:
+        tensor: any tensor.
+        like: the parameter that it belongs to, as whose parts its parts are to lie.
+    """
+    if type(tensor) in PLAIN:
         return tensor
-    to_local = getattr(tensor, "to_local", None)
-    return tensor if to_local is None else to_local()
+    if not hasattr(tensor, "to_local"):
+        return tensor
+    if like is not None and tensor.placements != like.placements:
+        tensor = tensor.redistribute(like.device_mesh, like.placements)
+    return tensor.to_local()
 
 
 def is_16_bit(tensor: Tensor) -> bool:
@@ -81,9 +103,13 @@ def check_shapes(slot: Slot, group: Group, param: Tensor) -> None:
 def is_flat(slot: Slot) -> bool:
     """Whether all tensors of the slot list their elements in one order without gaps."""
     param, others = slot.param, (slot.grad, *slot.state.values())
+    if type(param) not in PLAIN or param.is_neg() or param.layout != torch.strided:
+        return False
     contiguous = param.is_contiguous()
     for other in others:
         if other.dtype != param.dtype or other.device != param.device:
+            return False
+        if type(other) not in PLAIN or other.is_neg() or other.layout != torch.strided:
             return False
         contiguous = contiguous and other.is_contiguous()
     if contiguous:
@@ -92,6 +118,12 @@ def is_flat(slot: Slot) -> bool:
     return param.permute(order).is_contiguous() and all(
         other.stride() == param.stride() for other in others
     )
+
+
+def suits_fused(slot: Slot) -> bool:
+    """Whether torch's fused step on a CPU is right for the slot: it takes all to lie alike."""
+    param = slot.param
+    return param.is_cpu and param.is_floating_point() and param.is_contiguous() and is_flat(slot)
 
 
 def pieces(slots: list[Slot]) -> Iterator[list[Slot]]:

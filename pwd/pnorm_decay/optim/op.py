@@ -3,9 +3,14 @@
 Dynamo would trace a step into thousands of lines and compile them anew for each value of p. It sees
 this operation instead, which takes the eager step: options are read when it runs, not when it is
 compiled.
+
+What reads a parameter with gradients, before the step and in the same graph, torch 2.14's inductor
+may compute after it, as around any custom operation that changes its arguments. A training step has
+no such reads: its forward pass is another graph.
 """
 
-from typing import Protocol
+import inspect
+from typing import Any, Protocol
 from weakref import WeakValueDictionary
 
 import torch
@@ -29,21 +34,36 @@ def register(optimizer: Steps) -> int:
     return id(optimizer)
 
 
-SCHEMA = "(Tensor(a!)[] params, Tensor[] grads, int key) -> ()"
+SCHEMA = "(Tensor(a!)[] params, Tensor[] grads, int[] places, int key) -> ()"
+OPTIONS: dict[str, Any] = {"mutates_args": ("params",), "schema": SCHEMA}
+if "tags" in inspect.signature(torch.library.custom_op).parameters:  # torch 2.4 has none
+    # A CUDA graph would keep the present p and lambda_p for ever.
+    OPTIONS["tags"] = [tag for tag in [getattr(torch.Tag, "cudagraph_unsafe", None)] if tag]
 
 
-@torch.library.custom_op("pnorm_decay::step", mutates_args=("params",), schema=SCHEMA)
-def step(params: list[Tensor], grads: list[Tensor], key: int) -> None:
+@torch.library.custom_op("pnorm_decay::step", **OPTIONS)
+def step(params: list[Tensor], grads: list[Tensor], places: list[int], key: int) -> None:
     """Performs one step of the optimizer with this key.
 
     Args:
-        params: its parameters that have a gradient; they tell the compiler what changes.
-        grads: their gradients.
+        params: the present values of those of its parameters that have a gradient: themselves, or
+            the compiler's copies of them. These are what changes.
+        grads: the gradients that they have in the graph.
+        places: which of the optimizer's parameters they are.
         key: what `register` returned.
     """
-    _OPTIMIZERS[key].step_eagerly()
+    optimizer: Any = _OPTIMIZERS[key]
+    own = [optimizer.params_of_all_groups[place] for place in places]
+    kept = [(param.data, param.grad) for param in own]
+    for param, value, grad in zip(own, params, grads, strict=True):
+        param.data, param.grad = value, grad
+    try:
+        optimizer.step_eagerly()
+    finally:
+        for param, (value, grad) in zip(own, kept, strict=True):
+            param.data, param.grad = value, grad
 
 
 @step.register_fake
-def _(params: list[Tensor], grads: list[Tensor], key: int) -> None:
+def _(params: list[Tensor], grads: list[Tensor], places: list[int], key: int) -> None:
     return None

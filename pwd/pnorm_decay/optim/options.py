@@ -29,7 +29,8 @@ OPTIONS = {
     "auxiliary_beta": Option(lambda v: 0 <= v < 1, "in [0, 1)"),
     "betas": Option(lambda v: len(v) == 2 and all(0 <= b < 1 for b in v), "two, in [0, 1)"),
     "eps": Option(lambda v: v >= 0, "at least 0"),
-    "momentum": Option(lambda v: v >= 0, "at least 0"),
+    "momentum": AT_LEAST_0,
+    "dampening": Option(math.isfinite, "finite"),
 }
 
 
@@ -64,7 +65,10 @@ def check(group: Group, owner: str, names: Iterable[str] = OPTIONS) -> None:
     if missing:
         raise ValueError(f"Missing {missing}: give it to {owner}")
     if group.get("nesterov") and (group["momentum"] <= 0 or group["dampening"] != 0):
-        raise ValueError("Nesterov momentum requires a momentum and zero dampening")
+        raise ValueError(
+            "Nesterov momentum requires a momentum and zero dampening "
+            f"(momentum={group['momentum']}, dampening={group['dampening']})"
+        )
     if group.get("exact"):
         p = group["p"]
         if isinstance(p, Tensor) or p > 2:

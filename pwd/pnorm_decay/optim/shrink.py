@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pnorm_decay.decay import proximal_factor, shrink_factor
+from pnorm_decay.decay import NEARLY_1, proximal_factor, shrink_factor
 from pnorm_decay.optim.layout import Slot, flush_subnormal, widened
 from pnorm_decay.optim.options import Group, Number
 
@@ -82,6 +82,11 @@ class Delayed(Reweighted):
 
 class Exact(Shrink):
     """The proximal step of the penalty itself: s is that of the weight after the step."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if abs(self.p - 1) < NEARLY_1:
+            self.p = 1
 
     def before(self, w: Tensor, slot: Slot | None) -> Tensor:
         return self._held(w, torch.ones_like(w)) if self.hold_zeros else w.new_ones(())

@@ -158,18 +158,74 @@ def test_the_cache_is_the_users_own(cache: Path) -> None:
     assert cache.stat().st_mode & 0o777 == 0o700
 
 
+@pytest.mark.parametrize(
+    ("right", "wrong"),
+    [
+        ("return w - c->rate * (m / ", "return w - c->rate * (v / "),
+        ("  return narrow(ABS(w) < SMALLEST ? 0 : w);", "  return narrow(w * 0);"),
+        ("  return narrow(ABS(w) < SMALLEST ? 0 : w);", "  return narrow(w / 0 * 0);"),
+        ("    t->first[i] = narrow(buffer);", ""),
+        ("  t->second[i] = narrow(v);", ""),
+        ("    v = largest >= v ? largest : v;", ""),
+        (
+            "begin + BLOCK < t.numel ? BLOCK : t.numel - begin",
+            "begin + BLOCK < t.numel ? BLOCK : 0",
+        ),
+        ("c.sign = o->maximize ? -1 : 1;", "c.sign = 1;"),
+        ("case P_ONE: return x / (x + step);", "case P_ONE: return x / (x + 2 * step);"),
+        (
+            "if (p == P_ONE) return r < 1 ? 1 - r : 0;",
+            "if (p == P_ONE) return r < 1 ? 1 - r / 2 : 0;",
+        ),
+    ],
+)
 def test_a_kernel_that_computes_something_else_is_not_used(
-    cache: Path, monkeypatch: pytest.MonkeyPatch
+    cache: Path, monkeypatch: pytest.MonkeyPatch, right: str, wrong: str
 ) -> None:
     """As a compiler with a defect would make it."""
     source = cache.parent / "wrong.c"
     text = native.SOURCE.read_text()
-    assert "return w - c->rate * (m / " in text
-    source.write_text(text.replace("return w - c->rate * (m / ", "return w - c->rate * (v / "))
+    assert text.count(right) == 1
+    source.write_text(text.replace(right, wrong))
     monkeypatch.setattr(native, "SOURCE", source)
-    with pytest.warns(UserWarning, match=r"compiled step is wrong: \d+ of 4099 torch.float32"):
+    with pytest.warns(UserWarning, match=r"compiled step is wrong: \d+ of 33003 torch.float32"):
         param = step()
     assert torch.equal(step(foreach=True), param)
+
+
+def test_processors_without_avx_512_compute_the_same(
+    cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("CC", "cc -mno-avx512f")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for dtype in native.STORAGE:  # which compares it with the reference
+            assert native.kernel(CPU, dtype) is not None
+
+
+@pytest.mark.parametrize("words", ['gcc "', "  "])
+def test_an_odd_choice_of_compiler_is_no_error(
+    cache: Path, monkeypatch: pytest.MonkeyPatch, words: str
+) -> None:
+    monkeypatch.setenv("CC", words)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        step()
+    assert len(caught) == (words != "  ")
+
+
+def test_a_user_without_a_home_has_a_kernel(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def nowhere() -> Path:
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.setattr(Path, "home", nowhere)
+    assert native.kernel(CPU, torch.float32) is not None  # in $PNORM_DECAY_CACHE
+    monkeypatch.delenv("PNORM_DECAY_CACHE")
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+    native.kernel.cache_clear()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert native.kernel(CPU, torch.float32) is not None
 
 
 def test_the_compiler_can_be_chosen(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:

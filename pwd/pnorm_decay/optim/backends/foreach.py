@@ -55,12 +55,13 @@ def _divisors(params: list[Tensor], shrink: Shrink) -> list[Any]:
     torch._foreach_add_(divisors, _log2(strength))
     for divisor in divisors:
         divisor.exp2_()  # twice as fast as exp on CPUs, but torch has no _foreach_exp2
+    if isinstance(strength, Tensor):  # which is not looked at
+        divisors = [torch.where(strength == 0, 0, divisor) for divisor in divisors]
     torch._foreach_add_(divisors, 1 + l2)
     return divisors
 
 
 def _log2(strength: Number) -> Number:
-    """A strength tensor is not looked at: at 0 its clamp gives the same, but for no 0 * inf."""
     if isinstance(strength, Tensor):
         return strength.clamp(min=1e-37).log2()
     return math.log2(strength)

@@ -19,11 +19,13 @@ typedef double real;
 #define ABS fabs
 #define SQRT sqrt
 #define SMALLEST 0x1p-1022 /* the smallest normal number */
+#define LARGE 1e300
 #else
 typedef float real;
 #define ABS fabsf
 #define SQRT sqrtf
 #define SMALLEST 0x1p-126f
+#define LARGE 1e37f
 #endif
 
 typedef long long integer;
@@ -221,12 +223,12 @@ INLINE real polished(real h, real r, const Scalars *c) {
 
 /* For 1 < p < 2 beyond the limit: Newton's method for log2 h, as in decay.py. */
 INLINE real solved(real r, const Scalars *c) {
-  real a = c->exponent + 1, y = log_2(r < (real)1e37 ? r : (real)1e37), h = y > 0 ? -y / a : 0;
+  real a = c->exponent + 1, y = log_2(r < LARGE ? r : LARGE), h = y > 0 ? -y / a : 0;
   for (int k = 0; k < 8; k++) {
     real one = exp_2(h), other = exp_2(a * h + y), sum = one + other;
     h -= log_2(sum) * sum / (one + a * other);
   }
-  return exp_2(h);
+  return h < -126 && sizeof(real) == 4 ? 0 : exp_2(h); /* exp_2 would stop at 2^-126 */
 }
 
 /* w - alpha u for element i, after updating its moments. */
