@@ -231,15 +231,20 @@ def take_census(params: list[Tensor]) -> Tensor:
         of them have which log2 |w|.
     """
     stride = max(1, sum(param.numel() for param in params) // SAMPLE)
-    parts = []
+    alike: dict[Any, list[Tensor]] = {}  # on one device and, if distributed, laid out in one way
     for param in params:
-        w = local_part(param)
-        sample = w.flatten()[::stride].abs().float()
+        mesh, placements = (getattr(param, name, None) for name in ("device_mesh", "placements"))
+        alike.setdefault((param.device, mesh, placements), []).append(param)
+    parts = []
+    for members in alike.values():
+        weights = [local_part(param) for param in members]
+        sample = torch.cat([w.flatten()[::stride] for w in weights]).abs().float()
         sizes = torch.histc(sample.log2(), BINS, *LOG_RANGE)  # leaves out what is beyond
-        counts = torch.tensor([w.numel(), 0, sample.numel()], dtype=torch.float64)
-        counts = torch.cat([counts.to(w.device, non_blocking=True), sizes.double()])
-        counts[1] = (w == 0).sum()
-        parts.append(_whole(counts, param))
+        total = sum(w.numel() for w in weights)
+        counts = torch.full((3,), float(total), dtype=torch.float64, device=sizes.device)
+        counts[2] = sample.numel()
+        counts[1] -= torch.stack([w.count_nonzero() for w in weights]).sum()
+        parts.append(_whole(torch.cat([counts, sizes.double()]), members[0]))
     return torch.stack([part.to(parts[0].device) for part in parts]).sum(0)
 
 
