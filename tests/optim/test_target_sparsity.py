@@ -214,3 +214,18 @@ def test_the_census_counts_zeros_exactly_and_quantiles_nearly() -> None:
     assert census.quantile(0.2) == 0
     for share in (0.4, 0.7, 0.99):
         assert census.quantile(share) == pytest.approx(float(every.abs().quantile(share)), rel=0.05)
+
+
+def test_a_sample_that_is_sparser_than_the_whole_does_not_stop_the_decay() -> None:
+    """Every fourth weight is in the sample; here more of those are zero than of the others."""
+    from pnorm_decay.optim.target import SAMPLE, _Census
+
+    weights = torch.randn(4 * SAMPLE, generator=torch.Generator().manual_seed(0))
+    weights.view(-1, 4)[: int(0.95 * SAMPLE), 0] = 0
+    weights.view(-1, 4)[: int(0.9 * SAMPLE), 1:] = 0
+    census = _Census(take_census([weights]))
+    zeros = census.sparsity()
+    assert zeros == pytest.approx(0.9125, abs=1e-4)
+    assert census.quantile(zeros) == 0
+    expected = float(weights[weights != 0].abs().quantile(0.2))
+    assert census.quantile(zeros + 0.2 * (1 - zeros)) == pytest.approx(expected, rel=0.1)

@@ -227,8 +227,8 @@ def take_census(params: list[Tensor]) -> Tensor:
         params: tensors, which may be distributed (DTensor).
 
     Returns:
-        float64 of shape (3 + BINS,): all weights, exact zeros, the sample's weights, and how many
-        of them have which log2 |w|.
+        float64 of shape (3 + BINS,): all weights, exact zeros, the sample's other weights, and how
+        many of them have which log2 |w|.
     """
     stride = max(1, sum(param.numel() for param in params) // SAMPLE)
     alike: dict[Any, list[Tensor]] = {}  # on one device and, if distributed, laid out in one way
@@ -242,7 +242,7 @@ def take_census(params: list[Tensor]) -> Tensor:
         sizes = torch.histc(sample.log2(), BINS, *LOG_RANGE)  # leaves out what is beyond
         total = sum(w.numel() for w in weights)
         counts = torch.full((3,), float(total), dtype=torch.float64, device=sizes.device)
-        counts[2] = sample.numel()
+        counts[2] = sample.count_nonzero()
         counts[1] -= torch.stack([w.count_nonzero() for w in weights]).sum()
         parts.append(_whole(torch.cat([counts, sizes.double()]), members[0]))
     return torch.stack([part.to(parts[0].device) for part in parts]).sum(0)
@@ -275,16 +275,18 @@ class _Census:
     def quantile(self, share: float) -> float:
         """The size below which this share of the weights lies, interpolated between bins.
 
-        Sizes below the first bin are 0.
+        What share is zero is known exactly; the sample tells the sizes of the others. Sizes below
+        the first bin are 0.
         """
         _, _, sampled, *sizes = self.read()
         low, high = LOG_RANGE
-        missing = share * sampled - (sampled - sum(sizes))
-        if missing <= 0:
+        zeros = self.sparsity()
+        if share <= zeros:
             return 0.0
+        missing = (share - zeros) / (1 - zeros) * sampled - (sampled - sum(sizes))
         for number, count in enumerate(sizes):
-            if count >= missing:
-                return 2 ** (low + (high - low) * (number + missing / count) / BINS)
+            if count and count >= missing:
+                return 2 ** (low + (high - low) * (number + max(0.0, missing) / count) / BINS)
             missing -= count
         return 2**high
 
