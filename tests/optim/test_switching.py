@@ -168,3 +168,14 @@ def test_an_optimizer_that_an_older_version_pickled_goes_on() -> None:
     other = pickle.loads(pickle.dumps(optimizer))
     train(other, other.param_groups[0]["params"], start=5)
     assert other.param_groups[0]["hold_zeros"] is False
+
+
+def test_a_checkpoint_of_other_groups_is_torchs_error() -> None:
+    model = torch.nn.Linear(3, 4)
+    old = torch.optim.AdamW(model.parameters())
+    for parameter in model.parameters():
+        parameter.grad = torch.ones_like(parameter)
+    old.step()
+    new = AdamPWD([{"params": [model.bias]}, {"params": [model.weight]}], p=0.8, lambda_p=0.1)
+    with pytest.raises(ValueError, match="different number of parameter groups"):
+        new.load_state_dict(old.state_dict())

@@ -78,6 +78,7 @@ def test_it_is_met(p: float, wanted: float, lr: float, seed: int) -> None:
         (lambda groups, lr: SGDPWD(groups, lr=lr, momentum=0.9), 0.5, 0.03),
         (lambda groups, lr: AdamPWD(groups, lr=lr, exact=True), 0.5, 1e-2),
         (lambda groups, lr: AdamPWD(groups, lr=lr, exact=True), 0.8, 1e-2),
+        (lambda groups, lr: AdamPWD(groups, lr=lr, exact=True), 1.0, 1e-2),
         (AdamPWD, 1.0, 1e-2),
         (attached, 0.8, 3e-3),
     ],
@@ -160,8 +161,13 @@ def test_a_target_that_is_not_met_is_told_with_the_reason(
 ) -> None:
     model = network()
     optimizer = AdamPWD(param_groups(model, p=p, lambda_p=1.0), lr=1e-3)
-    target = TargetSparsity(optimizer, 0.9, steps=steps)
-    with pytest.warns(UserWarning, match=rf"TargetSparsity: 0\.\d+ .* instead of 0\.9: {reason}"):
+    with warnings.catch_warnings(record=True) as early:
+        warnings.simplefilter("always")
+        target = TargetSparsity(optimizer, 0.9, steps=steps)
+    assert len(early) == (p > 1)
+    with pytest.warns(
+        UserWarning, match=rf"after {steps} steps 0\.\d+ .* instead of 0\.9: {reason}"
+    ):
         train(model, optimizer, target, steps)
 
 
@@ -187,6 +193,9 @@ def test_a_network_that_is_too_sparse_already_is_told() -> None:
         ({"begin": 0.5, "end": 0.5}, r"Invalid end: 0\.5"),
         ({"end": 1.1}, r"Invalid end: 1\.1"),
         ({"interval": 0}, "Invalid interval: 0"),
+        ({"interval": 2.5}, r"Invalid interval: 2\.5"),
+        ({"sparsity": "0.9"}, "Invalid sparsity: '0.9'"),
+        ({"steps": True}, "Invalid steps: True"),
     ],
 )
 def test_bad_values_are_named(options: dict[str, Any], message: str) -> None:
@@ -229,3 +238,46 @@ def test_a_sample_that_is_sparser_than_the_whole_does_not_stop_the_decay() -> No
     assert census.quantile(zeros) == 0
     expected = float(weights[weights != 0].abs().quantile(0.2))
     assert census.quantile(zeros + 0.2 * (1 - zeros)) == pytest.approx(expected, rel=0.1)
+
+
+@pytest.mark.parametrize("first", [0.6, 0.9])
+def test_a_sparse_network_becomes_sparser(first: float) -> None:
+    model = network()
+    for parameter in model.parameters():
+        if parameter.ndim >= 2:
+            parameter.data *= torch.rand_like(parameter) > first
+    optimizer = AdamPWD(param_groups(model, p=0.8, lambda_p=1.0), lr=1e-2)
+    target = TargetSparsity(optimizer, 0.95, steps=300)
+    train(model, optimizer, target, 300)
+    assert abs(density_error(model, 0.95)) < 0.03
+
+
+def test_a_state_sets_lambda_p_whatever_was_built_first() -> None:
+    model = network()
+    optimizer = AdamPWD(param_groups(model, p=0.8, lambda_p=1.0), lr=1e-2)
+    target = TargetSparsity(optimizer, 0.9, steps=200)
+    train(model, optimizer, target, 50)
+    states = [copy.deepcopy(part.state_dict()) for part in (optimizer, target)]
+    before = target.get_last_value()
+    optimizer.load_state_dict(states[0])
+    late = TargetSparsity(optimizer, 0.9, steps=200)
+    late.load_state_dict(states[1])
+    assert late.get_last_value() == before
+    assert before[0] > 0
+
+
+def test_frozen_weights_do_not_count() -> None:
+    model = network()
+    optimizer = AdamPWD(param_groups(model, p=0.8, lambda_p=1.0), lr=1e-2)
+    model[2].weight.requires_grad_(False)
+    target = TargetSparsity(optimizer, 0.9, steps=300)
+    train(model, optimizer, target, 300)
+    assert model[2].weight.all()
+    free = torch.cat([model[0].weight.flatten(), model[4].weight.flatten()])
+    assert float((free == 0).float().mean()) == pytest.approx(0.9, abs=0.003)
+
+
+def test_no_weights_to_decay_are_refused() -> None:
+    model = nn.LayerNorm(3)
+    with pytest.raises(ValueError, match="hold no weights"):
+        TargetSparsity(AdamPWD(param_groups(model, p=0.8, lambda_p=1.0)), 0.9, 10)

@@ -88,7 +88,9 @@ class PNormDecayOptimizer(Optimizer):
         named = chain.from_iterable(
             zip(group["params"], names_of(group), strict=True) for group in self.param_groups
         )
-        for key, (param, name) in zip(keys, named, strict=False):  # torch compares the numbers
+        sizes = [[len(g["params"]) for g in groups] for groups in (saved_groups, self.param_groups)]
+        pairs = zip(keys, named, strict=False) if sizes[0] == sizes[1] else ()  # else torch refuses
+        for key, (param, name) in pairs:
             for what in (*self.rule.moments, "auxiliary"):
                 value = state_dict["state"].get(key, {}).get(what)
                 if value is not None and value.shape != param.shape:

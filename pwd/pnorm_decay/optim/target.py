@@ -1,6 +1,7 @@
 """Ask for a sparsity instead of a lambda_p."""
 
 import math
+import operator
 import warnings
 from typing import Any
 
@@ -21,6 +22,7 @@ LOG_FROM = 0.8  # the sparsity above which an error is one of the density's loga
 NEAR = 1.3  # the present over the wanted density from which on every step counts
 CLOSE = 0.01  # relative error of the density at which the decay rests
 MET = 0.03  # and at which the target counts as met
+SMALLEST_FREE = 0.01  # Q / m below which an exact step's zeros would come back all at once
 AT_REST = 1e-30  # of a tensor lambda_p, which a captured step reads: holds zeros, moves nothing
 
 SAMPLE = 2**17  # weights that the quantile is estimated from
@@ -55,13 +57,17 @@ class TargetSparsity:
     step counts; and since zeros stay, it is approached from below and hardly passed.
 
     The count is read one interval later, so that no step waits for a GPU. It adds over processes.
-    With `p = 1` a weight falls only while lambda_p is above its u, and short runs may fall short of
-    the target; above 1 there are no zeros but whole dead neurons.
+
+    **Where it fails.** With `p = 1` a weight falls only while lambda_p is above its u: it needs a
+    long run, and a short one may lose its accuracy or miss the target. Above 1 there are no zeros
+    but whole dead neurons. Weights that get no gradients are counted but never fall. Another
+    scheduler of `lambda_p` beside this one works against it.
 
     Args:
         optimizer: AdamPWD or SGDPWD, or any optimizer with `attach_pnorm_decay`.
         sparsity: the wanted fraction of zeros of the decaying groups, in (0, 1).
-        steps: the run's length in optimizer steps.
+        steps: the run's length in optimizer steps, not epochs. The last of them tells if the target
+            has been missed.
         begin: where in the run the way begins, as a fraction in [0, 1).
         end: where it ends, in (begin, 1]. What follows trains the surviving weights.
         interval: steps between two changes of lambda_p; None: a two-hundredth of the run.
@@ -92,15 +98,19 @@ class TargetSparsity:
         end: float = 0.6,
         interval: int | None = None,
     ) -> None:
-        for name, value, valid, allowed in (
-            ("sparsity", sparsity, 0 < sparsity < 1, "in (0, 1)"),
-            ("steps", steps, isinstance(steps, int) and steps >= 1, "an integer of at least 1"),
-            ("begin", begin, 0 <= begin < 1, "in [0, 1)"),
-            ("end", end, begin < end <= 1, "in (begin, 1]"),
-            ("interval", interval, interval is None or interval >= 1, "at least 1"),
+        for name, value, is_valid, allowed in (
+            ("sparsity", sparsity, lambda v: 0 < v < 1, "a fraction in (0, 1)"),
+            ("steps", steps, _is_count, "an integer of at least 1"),
+            ("begin", begin, lambda v: 0 <= v < 1, "in [0, 1)"),
+            ("end", end, lambda v: begin < v <= 1, "in (begin, 1]"),
+            ("interval", interval, lambda v: v is None or _is_count(v), "an integer of at least 1"),
         ):
+            try:
+                valid = is_valid(value)
+            except TypeError:
+                valid = False
             if not valid:
-                raise ValueError(f"Invalid {name}: {value} (must be {allowed})")
+                raise ValueError(f"Invalid {name}: {value!r} (must be {allowed})")
         self.optimizer, self.sparsity, self.steps = optimizer, sparsity, steps
         self.begin, self.end = begin * steps, end * steps
         self.interval = interval or max(1, steps // UPDATES)
@@ -112,8 +122,14 @@ class TargetSparsity:
             group.setdefault("initial_lambda_p", float(group["lambda_p"]))
         if not self._decaying():
             raise ValueError("Invalid optimizer: lambda_p is 0 in every group, so nothing decays")
+        if not any(param.numel() for param in self._params()):
+            raise ValueError("Invalid optimizer: its decaying groups hold no weights")
+        if self._largest_p() > 1:
+            warnings.warn(f"TargetSparsity: {self._above_1()}.", stacklevel=2)
         self._pending: _Census | None = None
-        self._median = self._census().quantile(0.5)
+        start = self._census()
+        self._median = start.quantile((1 + start.sparsity()) / 2) or 1.0  # of those that are not 0
+        self._strength = 0.0
         self._set(0.0)
 
     def step(self) -> None:
@@ -138,15 +154,17 @@ class TargetSparsity:
             "present": self.present,
             "sum": self._sum,
             "median": self._median,
+            "strength": self._strength,
             "pending": None if self._pending is None else self._pending.read(),
         }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Goes on from a saved state; load the optimizer's first."""
+        """Goes on from a saved state; load the optimizer's, too."""
         self.last_epoch, self.is_resting = state_dict["last_epoch"], state_dict["is_resting"]
         self.present, self._sum = state_dict["present"], state_dict["sum"]
         self._median, pending = state_dict["median"], state_dict["pending"]
         self._pending = None if pending is None else _Census(pending)
+        self._set(state_dict["strength"])
 
     def wanted(self, ahead: float = 0.0) -> float:
         """The sparsity that the way asks for at the present step, or some steps ahead of it."""
@@ -169,6 +187,8 @@ class TargetSparsity:
         p, lr = float(group["p"]), float(group.get("initial_lr") or group["lr"])
         speed = max(0.5, 2 - p) * max(lr, 1e-12) * self._lead()
         size = census.quantile(self.wanted(self._lead())) / self._median
+        if group["exact"] and not group["hold_zeros"]:
+            size = max(size, SMALLEST_FREE)
         gain = math.exp(PROPORTIONAL * error + INTEGRAL * self._sum)
         self._set(self._median ** (2 - p) / speed * math.sqrt(size) * gain)
 
@@ -181,7 +201,7 @@ class TargetSparsity:
     def _set(self, strength: float) -> None:
         """Gives the group with the largest ratio this lambda_p, and the others their share."""
         # Asked for each time: loading a state, as accelerate does, makes new groups.
-        groups = self._decaying()
+        self._strength, groups = strength, self._decaying()
         largest = max(group["initial_lambda_p"] for group in groups)
         for group in groups:
             value = strength * group["initial_lambda_p"] / largest
@@ -189,34 +209,48 @@ class TargetSparsity:
                 group["lambda_p"].fill_(AT_REST if self.is_resting else value)
             else:
                 group["lambda_p"] = value
-            # pWD's zeros stay while lambda_p is above 0, and must where it comes down to 0.
-            if self.is_resting or not group["exact"]:
+            # pWD's zeros stay while lambda_p is above 0, and must where it comes down to 0. Those
+            # of the exact step may come back until the target is near.
+            if self.is_resting or self._is_near() or not group["exact"]:
                 group["hold_zeros"] = True
 
     def _decaying(self) -> list[Group]:
         return [group for group in self.optimizer.param_groups if group["initial_lambda_p"] > 0]
 
+    def _params(self) -> list[Tensor]:
+        groups = self._decaying()
+        return [param for group in groups for param in group["params"] if param.requires_grad]
+
     def _census(self) -> "_Census":
-        params = [param for group in self._decaying() for param in group["params"]]
-        return _Census(take_census(params))
+        return _Census(take_census(self._params()))
+
+    def _largest_p(self) -> float:
+        return max(float(group["p"]) for group in self._decaying())
+
+    def _above_1(self) -> str:
+        return f"p = {self._largest_p():g} is above 1, which makes no zeros but whole dead neurons"
 
     def _conclude(self) -> None:
         """Says in one line why the target has not been met, if so."""
         self.present = self._census().sparsity()
         if abs(self.present - self.sparsity) <= MET * (1 - self.sparsity):
             return
-        largest_p = max(float(group["p"]) for group in self._decaying())
         if self.present > self.sparsity:
             reason = "more weights than that were zero already, or fell between two counts"
-        elif largest_p > 1:
-            reason = f"p = {largest_p:g} is above 1, which makes no zeros but whole dead neurons"
+        elif self._largest_p() > 1:
+            reason = self._above_1()
         else:
             reason = "the run was too short, or its learning rate too small"
+            reason += ", for p = 1" if self._largest_p() == 1 else ""
         warnings.warn(
-            f"TargetSparsity: {self.present:.4f} of the weights are zero instead of "
-            f"{self.sparsity:g}: {reason}.",
+            f"TargetSparsity: after {self.steps} steps {self.present:.4f} of the weights are "
+            f"exactly zero instead of {self.sparsity:g}: {reason}.",
             stacklevel=3,
         )
+
+
+def _is_count(value: Any) -> bool:
+    return not isinstance(value, bool) and operator.index(value) >= 1
 
 
 @torch.no_grad()

@@ -132,6 +132,10 @@ class TargetSchedule:
     end: float = 0.6
 
     def __post_init__(self) -> None:
+        for name in ("sparsity", "begin", "end"):
+            value = getattr(self, name)
+            is_number = isinstance(value, int | float) and not isinstance(value, bool)
+            check(is_number, f"decay_schedule.{name}", value, "a number")
         check(0 < self.sparsity < 1, "decay_schedule.sparsity", self.sparsity, "in (0, 1)")
         check(0 <= self.begin < 1, "decay_schedule.begin", self.begin, "in [0, 1)")
         check(self.begin < self.end <= 1, "decay_schedule.end", self.end, "in (begin, 1]")
@@ -141,4 +145,5 @@ class TargetSchedule:
         try:
             return [TargetSparsity(optimizer, self.sparsity, steps, begin=self.begin, end=self.end)]
         except ValueError as error:
-            raise ConfigError(f"decay_schedule=target_sparsity: {error}") from error
+            hint = "use optimizer=pwd, exact or sgd_pwd"
+            raise ConfigError(f"decay_schedule=target_sparsity: {error}; {hint}") from error
