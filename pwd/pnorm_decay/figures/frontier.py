@@ -125,7 +125,8 @@ def _draw_front(ax: Axes, style: PointStyle, points: pd.DataFrame) -> None:
 
 def _draw_points(ax: Axes, style: PointStyle, points: pd.DataFrame, *, faint: bool) -> None:
     """Draws every setting: faintly where a front leads through the ones that matter."""
-    look = style.artist() | {"linestyle": "none"}
+    look = style.artist() | ({} if style.line else {"linestyle": "none"})
+    points = points.sort_values("sparsity")
     if faint:
         look |= {"markersize": 3, "alpha": 0.35, "markeredgewidth": 0}
     else:

@@ -69,6 +69,7 @@ class PointStyle:
         label: its name in a legend.
         tick: its name on an axis.
         p: the norm, or None for another method, which gets no line.
+        line: whether another method's points are joined all the same: runs to target sparsities.
     """
 
     label: str
@@ -77,13 +78,14 @@ class PointStyle:
     marker: str
     size: float
     p: float | None = None
+    line: bool = False
 
     def artist(self, size: float | None = None) -> dict[str, Any]:
         """Keyword arguments for ``Axes.plot`` and ``Line2D``."""
         edge = self.color if self.marker == "x" else "white" if self.p is not None else "black"
         return {
             "color": self.color,
-            "linestyle": "none" if self.p is None else "-",
+            "linestyle": "none" if self.p is None and not self.line else "-",
             "marker": self.marker,
             "markersize": size or self.size,
             "markeredgecolor": edge,
@@ -94,12 +96,12 @@ class PointStyle:
 _KNOWN_METHODS = {
     "magnitude": PointStyle("IMP", "IMP", "#1a9850", "x", 5.5),
     "oto": PointStyle("OTO", "OTO", "#ff7f0e", "*", 9.0),
+    "pwd_target": PointStyle("pWD to a target", "target", "#111111", "8", 5.0, line=True),
+    "exact_target": PointStyle("exact to a target", "exact target", "#888888", "H", 5.0, line=True),
 }
 # How readers know the others; a method that is not listed keeps its own name.
 _LABELS = {
     "pwd": "pWD",
-    "pwd_target": "pWD to a target",
-    "exact_target": "exact step to a target",
     "adamw": "AdamW",
     "sgd": "SGD",
     "l1": "L1 proximal",
