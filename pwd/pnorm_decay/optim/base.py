@@ -133,7 +133,8 @@ class PNormDecayOptimizer(Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        if torch.compiler.is_compiling() and not self.defaults["differentiable"]:
+        is_one = op.IS_COMPILED and not self.defaults["differentiable"]
+        if torch.compiler.is_compiling() and is_one:
             everything = enumerate(self.params_of_all_groups)
             places = [place for place, param in everything if param.grad is not None]
             params = [self.params_of_all_groups[place] for place in places]
@@ -143,6 +144,7 @@ class PNormDecayOptimizer(Optimizer):
             self.step_eagerly()
         return loss
 
+    @torch.compiler.disable
     def step_eagerly(self) -> None:
         """The step without closure and hooks."""
         if not all(group["capturable"] for group in self.param_groups) and is_capturing():

@@ -16,7 +16,7 @@ from weakref import WeakValueDictionary
 import torch
 from torch import Tensor
 
-__all__ = ["register", "step"]
+__all__ = ["IS_COMPILED", "register", "step"]
 
 
 class Steps(Protocol):
@@ -36,7 +36,9 @@ def register(optimizer: Steps) -> int:
 
 SCHEMA = "(Tensor(a!)[] params, Tensor[] grads, int[] places, int key) -> ()"
 OPTIONS: dict[str, Any] = {"mutates_args": ("params",), "schema": SCHEMA}
-if "tags" in inspect.signature(torch.library.custom_op).parameters:  # torch 2.4 has none
+# Older ones cannot compile an operation that changes a list; they break the graph at the step.
+IS_COMPILED = "tags" in inspect.signature(torch.library.custom_op).parameters
+if IS_COMPILED:
     # A CUDA graph would keep the present p and lambda_p for ever.
     OPTIONS["tags"] = [tag for tag in [getattr(torch.Tag, "cudagraph_unsafe", None)] if tag]
 

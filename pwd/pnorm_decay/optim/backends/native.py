@@ -50,6 +50,12 @@ class Options(ctypes.Structure):
     )
 
 
+try:
+    torch.autograd.graph.increment_version([])
+    COUNTS_LISTS = True
+except RuntimeError:  # torch 2.4 takes one tensor
+    COUNTS_LISTS = False
+
 Kernel = Callable[[list[Record], Options], None]
 
 
@@ -113,7 +119,9 @@ def run(slots: list[Slot], rule: Rule, shrink: Shrink, group: Group, kernel: Ker
         )
     kernel(records, options)
     # Autograd's version counters, which torch's fused AdamW leaves alone: it is nearly free.
-    torch.autograd.graph.increment_version([slot.param for slot in slots])
+    params = [slot.param for slot in slots]
+    for changed in [params] if COUNTS_LISTS else params:
+        torch.autograd.graph.increment_version(changed)
 
 
 @cache
