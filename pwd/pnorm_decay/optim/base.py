@@ -133,18 +133,18 @@ class PNormDecayOptimizer(Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        is_one = op.IS_COMPILED and not self.defaults["differentiable"]
-        if torch.compiler.is_compiling() and is_one:
+        if not torch.compiler.is_compiling():
+            self.step_eagerly()
+        elif op.IS_COMPILED and not self.defaults["differentiable"]:
             everything = enumerate(self.params_of_all_groups)
             places = [place for place, param in everything if param.grad is not None]
             params = [self.params_of_all_groups[place] for place in places]
             with torch.no_grad():
                 op.step(params, [p.grad for p in params if p.grad is not None], places, self._key)
         else:
-            self.step_eagerly()
+            torch.compiler.disable(self.step_eagerly)()
         return loss
 
-    @torch.compiler.disable
     def step_eagerly(self) -> None:
         """The step without closure and hooks."""
         if not all(group["capturable"] for group in self.param_groups) and is_capturing():
