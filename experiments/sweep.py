@@ -60,7 +60,8 @@ def run_sweep(scale: str, name: str, sweep: str, overrides: list[str]) -> bool:
 
 
 def main() -> None:
-    scales = sorted(path.name for path in (CONFIGS / "experiment").iterdir())
+    files = (CONFIGS / "experiment").glob("*/*.yaml")
+    scales = sorted({path.parent.name for path in files if "sweeps" in read(path)})
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
