@@ -157,7 +157,8 @@ def test_a_target_is_steered_alike_in_all_processes(
     for result in results:
         assert result[name][0] == results[0][name][0]
         assert result[name][0][:20] == pytest.approx(strengths[:20], rel=1e-6)
-        assert result[name][1] == pytest.approx(reached, abs=0.02) == pytest.approx(0.5, abs=0.02)
+        assert result[name][1] == pytest.approx(reached, abs=0.02)
+    assert reached == pytest.approx(0.5, abs=0.1)  # of 128 weights, in 90 steps
 
 
 def test_a_gradient_of_another_placement_is_added_up(results: list[dict[str, Any]]) -> None:
