@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from pnorm_decay.optim.groups import split_decayed
-from pnorm_decay.optim.layout import local_part
+from pnorm_decay.optim.layout import local_part, whole
 
 __all__ = ["layer_sparsity", "sparsity", "structured_share", "zero_fraction", "zeroed"]
 
@@ -122,9 +122,8 @@ def _count(tensors: list[Tensor], threshold: float | None) -> list[int]:
         (tensor == 0).sum() if threshold is None else (tensor.abs() < threshold).sum()
         for tensor in tensors
     ]
-    # A distributed tensor's count is one part a process until they are added up.
-    whole = [count.full_tensor() if hasattr(count, "full_tensor") else count for count in counts]
-    return torch.stack([count.to(whole[0].device) for count in whole]).tolist()
+    added = [whole(count) for count in counts]
+    return torch.stack([count.to(added[0].device) for count in added]).tolist()
 
 
 def _fraction(counts: list[int], tensors: list[Tensor]) -> float:

@@ -29,9 +29,8 @@ class PNormDecayOptimizer(Optimizer):
     def __init__(self, params: ParamsT, defaults: Group) -> None:
         self._checked_for_zeros: set[int] = set()  # ids of the parameters that have been looked at
         self._key = op.register(self)
-        self.params_of_all_groups: list[
-            Tensor
-        ] = []  # of all groups: a compiled step must not look into groups
+        # A compiled step must not look into the groups, whose options may change.
+        self.params_of_all_groups: list[Tensor] = []
         super().__init__(params, defaults)
 
     def add_param_group(self, param_group: Group) -> None:

@@ -5,7 +5,7 @@ import warnings
 import torch
 from torch import Tensor
 
-from pnorm_decay.optim.layout import PLAIN, names_of
+from pnorm_decay.optim.layout import PLAIN, names_of, whole
 from pnorm_decay.optim.options import Group
 
 __all__ = ["refuse_complex", "warn_of_stuck"]
@@ -41,9 +41,7 @@ def warn_of_stuck(
     new = [param for param in new if type(param) in PLAIN or hasattr(param, "full_tensor")]
     if not new:
         return
-    counts = [(param != 0).sum() for param in new]
-    whole = [getattr(number, "full_tensor", lambda n=number: n)() for number in counts]
-    moves = torch.stack([number.cpu() for number in whole]).tolist()
+    moves = torch.stack([whole((param != 0).sum()).cpu() for param in new]).tolist()
     stuck = {id(param) for param, moving in zip(new, moves, strict=True) if not moving}
     names = [n for p, n in zip(group["params"], names_of(group), strict=True) if id(p) in stuck]
     if names:

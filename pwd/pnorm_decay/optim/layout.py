@@ -22,6 +22,7 @@ __all__ = [
     "names_of",
     "pieces",
     "suits_fused",
+    "whole",
     "widened",
 ]
 
@@ -64,6 +65,12 @@ def local_part(tensor: Any, like: Any = None) -> Tensor:
     if like is not None and tensor.placements != like.placements:
         tensor = tensor.redistribute(like.device_mesh, like.placements)
     return tensor.to_local()
+
+
+def whole(value: Tensor) -> Tensor:
+    """A number of a distributed tensor, such as a count, added over all processes."""
+    full_tensor = getattr(value, "full_tensor", None)
+    return value if full_tensor is None else full_tensor()
 
 
 def is_16_bit(tensor: Tensor) -> bool:

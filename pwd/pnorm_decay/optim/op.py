@@ -22,6 +22,8 @@ __all__ = ["IS_COMPILED", "register", "step"]
 class Steps(Protocol):
     """What has an eager step: an optimizer of this package."""
 
+    params_of_all_groups: list[Tensor]
+
     def step_eagerly(self) -> None: ...
 
 
@@ -54,16 +56,16 @@ def step(params: list[Tensor], grads: list[Tensor], places: list[int], key: int)
         places: which of the optimizer's parameters they are.
         key: what `register` returned.
     """
-    optimizer: Any = _OPTIMIZERS[key]
+    optimizer = _OPTIMIZERS[key]
     own = [optimizer.params_of_all_groups[place] for place in places]
     kept = [(param.data, param.grad) for param in own]
-    for param, value, grad in zip(own, params, grads, strict=True):
-        param.data, param.grad = value, grad
+    for param, now, grad in zip(own, params, grads, strict=True):
+        param.data, param.grad = now, grad
     try:
         optimizer.step_eagerly()
     finally:
-        for param, (value, grad) in zip(own, kept, strict=True):
-            param.data, param.grad = value, grad
+        for param, (value, gradient) in zip(own, kept, strict=True):
+            param.data, param.grad = value, gradient
 
 
 @step.register_fake

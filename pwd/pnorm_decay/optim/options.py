@@ -50,10 +50,12 @@ def check(group: Group, owner: str, names: Iterable[str] = OPTIONS) -> None:
     """
     missing = None
     for name in names:
-        value = group.get(name, group)
+        if name not in group:
+            continue
+        value = group[name]
         if value is None:
             missing = missing or name
-        elif value is not group and not isinstance(value, Tensor):
+        elif not isinstance(value, Tensor):
             option = OPTIONS[name]
             try:
                 valid = option.is_valid(value)

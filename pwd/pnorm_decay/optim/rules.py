@@ -13,6 +13,8 @@ from pnorm_decay.optim.options import Group, Number
 
 __all__ = ["AdamRule", "Rule", "SGDRule"]
 
+SGD, MOMENTUM, ADAM, AMSGRAD = range(4)  # fused.c's enum Rule
+
 
 class Rule(ABC):
     """One way from the gradient to u. The state is torch's, in the parameter's dtype."""
@@ -162,7 +164,7 @@ class AdamRule(Rule):
 
     def native_options(self, group: Group) -> dict[str, Any]:
         beta1, beta2 = group["betas"]
-        rule = 3 if group["amsgrad"] else 2
+        rule = AMSGRAD if group["amsgrad"] else ADAM
         return {"rule": rule, "beta1": beta1, "beta2": beta2, "eps": group["eps"]}
 
 
@@ -228,7 +230,7 @@ class SGDRule(Rule):
 
     def native_options(self, group: Group) -> dict[str, Any]:
         return {
-            "rule": 1 if group["momentum"] else 0,
+            "rule": MOMENTUM if group["momentum"] else SGD,
             "beta1": group["momentum"],
             "beta2": group["dampening"],
             "nesterov": group["nesterov"],

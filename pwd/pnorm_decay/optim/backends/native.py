@@ -128,7 +128,7 @@ def run(slots: list[Slot], rule: Rule, shrink: Shrink, group: Group, kernel: Ker
 def kernel(device: torch.device, dtype: torch.dtype) -> Kernel | None:
     """The compiled step for tensors of one device and type.
 
-    It is compared with the reference on a few thousand elements before it is used.
+    It is compared with the reference before it is used: `compare_with_reference`.
 
     Args:
         device: where the tensors are.
