@@ -15,6 +15,7 @@ import torch
 from conftest import REPOSITORY, SHORT
 from pnorm_decay import records
 from pnorm_decay.data import Digits
+from pnorm_decay.models import ResNet18
 
 TRAIN = "experiments/train.py"
 DIGITS = "experiment=demo/resnet_digits"
@@ -175,6 +176,29 @@ def test_a_run_that_was_cut_off_goes_on_to_the_same_end(run_program, places, tmp
     for key in ("val_accuracy", "best_val_accuracy", "val_loss", "train_loss", "sparsity"):
         assert record[key] == expected[key], key
     assert not (path.parent / "checkpoint.pt").exists()
+
+
+def test_a_record_is_of_fp32_whatever_the_training(run_program, places, tmp_path, monkeypatch):
+    """Under bf16, the last evaluation and the one with new statistics are not autocast."""
+    seen = []
+    forward = ResNet18.forward
+
+    def watched(self, inputs):
+        state = (self.training, torch.is_autocast_enabled("cpu"))
+        if not seen or seen[-1] != state:
+            seen.append(state)
+        return forward(self, inputs)
+
+    monkeypatch.setattr(ResNet18, "forward", watched)
+    arguments = [DIGITS, *SHORT, *places, "logger=none", "trainer.precision=bf16"]
+    done = run_program(TRAIN, *arguments, "trainer.eval_every=3")
+    assert done.code == 0, done.err
+    training, during, last, statistics = (True, True), (False, True), (False, False), (True, False)
+    assert seen == [training, during, training, last, statistics, last]
+    record = json.loads(results(tmp_path)[0].read_text())["record"]
+    assert record["val_precision"] == "fp32"
+    assert record["device"] == "cpu, bf16"
+    assert 0 < record["val_accuracy_recalibrated"] <= 100
 
 
 def test_a_recorded_run_is_not_done_again(run_program, places, tmp_path):
