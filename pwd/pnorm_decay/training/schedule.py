@@ -10,7 +10,7 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
 from pnorm_decay.optim import OptionScheduler, TargetSparsity, ramp
-from pnorm_decay.training.settings import ConfigError, check
+from pnorm_decay.training.settings import ConfigError, check, number
 
 
 def warmup_cosine(step: int, *, steps: int, warmup: int, final_fraction: float) -> float:
@@ -75,6 +75,12 @@ class WarmupCosine:
         return LambdaLR(optimizer, factor)
 
 
+def check_way(begin: float, end: float) -> None:
+    """Raises a ConfigError unless begin and end are fractions of a run, one before the other."""
+    check(number(begin) and 0 <= begin < 1, "decay_schedule.begin", begin, "in [0, 1)")
+    check(number(end) and begin < end <= 1, "decay_schedule.end", end, "in (begin, 1]")
+
+
 @dataclass(frozen=True)
 class DecaySchedule:
     """What `configs/decay_schedule/*.yaml` sets: one option's way to the value that it was given.
@@ -94,8 +100,7 @@ class DecaySchedule:
     def __post_init__(self) -> None:
         lowest = self.start > 0 if self.option == "p" else self.start >= 0
         check(lowest and self.start < math.inf, "decay_schedule.start", self.start, "a valid value")
-        check(0 <= self.begin < 1, "decay_schedule.begin", self.begin, "in [0, 1)")
-        check(self.begin < self.end <= 1, "decay_schedule.end", self.end, "in (begin, 1]")
+        check_way(self.begin, self.end)
 
     def attach(self, optimizer: Optimizer, steps: int) -> list[OptionScheduler]:
         """The scheduler for a run of ``steps``, or none."""
@@ -132,13 +137,9 @@ class TargetSchedule:
     end: float = 0.6
 
     def __post_init__(self) -> None:
-        for name in ("sparsity", "begin", "end"):
-            value = getattr(self, name)
-            is_number = isinstance(value, int | float) and not isinstance(value, bool)
-            check(is_number, f"decay_schedule.{name}", value, "a number")
-        check(0 < self.sparsity < 1, "decay_schedule.sparsity", self.sparsity, "in (0, 1)")
-        check(0 <= self.begin < 1, "decay_schedule.begin", self.begin, "in [0, 1)")
-        check(self.begin < self.end <= 1, "decay_schedule.end", self.end, "in (begin, 1]")
+        value = self.sparsity
+        check(number(value) and 0 < value < 1, "decay_schedule.sparsity", value, "in (0, 1)")
+        check_way(self.begin, self.end)
 
     def attach(self, optimizer: Optimizer, steps: int) -> list[TargetSparsity]:
         """The controller for a run of ``steps``."""
