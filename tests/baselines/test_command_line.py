@@ -140,6 +140,8 @@ def test_runs_that_differ_in_their_target_alone_are_different_runs(run_program, 
         ([DIGITS, "pruning=nosuch"], "nosuch"),
         ([DIGITS, "optimizer=l1", "optimizer.p=0.8"], "optimizer.p=0.8"),
         ([DIGITS, "optimizer=coupled", "optimizer.lambda_p=-1"], "lambda_p"),
+        ([DIGITS, "pruning=magnitude", "decay_schedule=target_sparsity"], "use one of them"),
+        ([DIGITS, "optimizer=adamw", "decay_schedule=target_sparsity"], "use optimizer=pwd"),
     ],
 )
 def test_bad_input_is_one_clear_line_before_training(

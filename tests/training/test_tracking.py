@@ -8,7 +8,7 @@ import wandb
 from torch import nn
 
 from pnorm_decay.training.settings import ConfigError
-from pnorm_decay.training.tracking import Tracker, log_weight_histogram
+from pnorm_decay.training.tracking import Tracker, log_weight_histogram, write_csv
 
 
 def model_of(*values: float) -> nn.Module:
@@ -81,3 +81,8 @@ def test_the_run_is_closed_when_training_fails(tmp_path):
 def test_unknown_mode(tmp_path):
     with pytest.raises(ConfigError, match=r"logger\.mode=loud"):
         tracker(tmp_path, mode="loud")
+
+
+def test_a_run_that_an_older_version_began_may_lack_columns(tmp_path):
+    write_csv(tmp_path / "metrics.csv", [{"step": 1, "lr": 0.1}, {"step": 2, "lr": 0.1, "new": 3}])
+    assert (tmp_path / "metrics.csv").read_text() == "step,lr,new\n1,0.1,\n2,0.1,3\n"

@@ -25,12 +25,13 @@ class AdamPWD(PNormDecayOptimizer):
     are hardly touched: sparse networks; start at 0.8. At 1 every weight is pulled alike. Between
     1 and 2 weights become small, not zero. Above 2 only large weights are held.
 
-    **Choosing lambda_p.** Sweep it by factors of 3 around 1e-3 at `lr = 1e-3`; what counts is
-    its ratio to u, which is of order 1. At `p = 2` it is AdamW's `weight_decay` to first order
-    in `alpha` (AdamW multiplies by `1 - alpha weight_decay`); at another p a weight of size |w|
-    decays like under AdamW's `weight_decay = lambda_p |w|^(p-2)`, so that a typical |w| of 0.02
-    at `p = 0.8` makes `lambda_p = 1e-3` act like 0.11. The authors' public code leaves the `1/p`
-    out of the penalty: its lambda times p is `lambda_p`.
+    **Choosing lambda_p.** `TargetSparsity` does it, for a sparsity that you want. Else sweep it by
+    factors of 3 around 1e-3 at `lr = 1e-3`; what counts is its ratio to u, which is of order 1. At
+    `p = 2` it is AdamW's `weight_decay` to first order in `alpha` (AdamW multiplies by
+    `1 - alpha weight_decay`); at another p a weight of size |w| decays like under AdamW's
+    `weight_decay = lambda_p |w|^(p-2)`, so that a typical |w| of 0.02 at `p = 0.8` makes
+    `lambda_p = 1e-3` act like 0.11. The authors' public code leaves the `1/p` out of the penalty:
+    its lambda times p is `lambda_p`.
 
     Decay matrices and convolutions only (`param_groups`), as the paper does.
 

@@ -38,7 +38,7 @@ from pnorm_decay.training.progress import (
     sweep_workers,
     worker_number,
 )
-from pnorm_decay.training.schedule import DecaySchedule, WarmupCosine
+from pnorm_decay.training.schedule import DecaySchedule, TargetSchedule, WarmupCosine
 from pnorm_decay.training.settings import ConfigError, TrainerSettings
 from pnorm_decay.training.tracking import Tracker
 from pnorm_decay.training.trainer import (
@@ -134,8 +134,13 @@ def do(
 ) -> dict[str, Any]:
     """Trains, and writes everything that a finished run leaves; returns its record."""
     schedule: WarmupCosine = build(config, "schedule")
-    decay_schedule: DecaySchedule = build(config, "decay_schedule")
+    decay_schedule: DecaySchedule | TargetSchedule = build(config, "decay_schedule")
     pruning = build_pruning(config)
+    if config["pruning"]["name"] != "none" and isinstance(decay_schedule, TargetSchedule):
+        raise ConfigError(
+            f"pruning={config['pruning']['name']}, decay_schedule=target_sparsity: "
+            "both make zeros; use one of them"
+        )
     check_share(settings.batch_size, accelerator.num_processes)
     prepare_process(settings.resolve_threads(sweep_workers()))
     data.setup(accelerator.device)

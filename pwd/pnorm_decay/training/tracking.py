@@ -49,9 +49,13 @@ def log_weight_histogram(model: nn.Module) -> tuple[np.ndarray, np.ndarray]:
 
 
 def write_csv(path: Path, rows: list[Row]) -> None:
-    """Writes rows with the same keys, atomically."""
+    """Writes rows, atomically; what a row lacks stays empty.
+
+    A run that an older version began may have rows without some of the present columns.
+    """
+    columns = dict.fromkeys(name for row in rows for name in row)
     text = io.StringIO()
-    writer = csv.DictWriter(text, fieldnames=list(rows[0]), lineterminator="\n")
+    writer = csv.DictWriter(text, fieldnames=list(columns), lineterminator="\n")
     writer.writeheader()
     writer.writerows(rows)
     write_text(path, text.getvalue())
