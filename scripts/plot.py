@@ -15,13 +15,22 @@ from pnorm_decay.figures import toy, weights
 from pnorm_decay.figures.contour import contour_figure
 from pnorm_decay.figures.frontier import frontier_figure
 from pnorm_decay.figures.loading import SCALES, Experiment, load_all
+from pnorm_decay.figures.methods import methods_figure
 from pnorm_decay.figures.style import save
 from pnorm_decay.records import RecordError
 
 console = Console(highlight=False, soft_wrap=True, markup=False)
 
-IMAGE_FIGURES = {"figure2": frontier_figure, "figure4": contour_figure}
-TEXT_FIGURES = {"figure3": frontier_figure, "figure5": contour_figure}
+IMAGE_FIGURES = {
+    "figure2": frontier_figure,
+    "figure2_all_methods": methods_figure,
+    "figure4": contour_figure,
+}
+TEXT_FIGURES = {
+    "figure3": frontier_figure,
+    "figure3_all_methods": methods_figure,
+    "figure5": contour_figure,
+}
 
 
 def draw(fig: Figure, stem: Path, formats: list[str]) -> None:

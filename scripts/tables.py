@@ -1,4 +1,4 @@
-"""Writes Tables 1 and 2 from recorded runs alone, into results/tables/."""
+"""Writes Tables 1, 2 and 3 from recorded runs alone, into results/tables/."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from rich.console import Console
 
 from pnorm_decay.figures.loading import SCALES, Experiment, load_all
 from pnorm_decay.figures.tables import table1, table1_markdown, table2, table2_markdown
+from pnorm_decay.figures.targets import table3, table3_markdown
 from pnorm_decay.files import write_text
 
 console = Console(highlight=False, soft_wrap=True, markup=False)
@@ -19,11 +20,15 @@ def write_tables(experiment: Experiment, folder: Path) -> None:
     for name, table, markdown in (
         ("table1", table1, table1_markdown),
         ("table2", table2, table2_markdown),
+        ("table3", table3, table3_markdown),
     ):
         stem = folder / f"{name}_{experiment.name}"
+        page = markdown(experiment)
+        if page is None:  # no run was steered to a target
+            continue
         text = table(experiment).to_csv(index=False, lineterminator="\n", float_format="%.6g")
         for path, content in (
-            (stem.with_suffix(".md"), markdown(experiment)),
+            (stem.with_suffix(".md"), page),
             (stem.with_suffix(".csv"), text),
         ):
             write_text(path, content)

@@ -113,3 +113,22 @@ def test_worth_repeating():
     ]
     named = {row["run_id"] for row in rows if not row["run_id"].startswith("run")}
     assert records.worth_repeating(frame(rows)) == named
+
+
+def test_worth_repeating_at_targets():
+    def told(method, target, accuracy, run_id="other", **others):
+        where = {"target_sparsity": target, "sparsity": 0.7}
+        return run(method, accuracy=accuracy, run_id=run_id, **where, **others)
+
+    rows = [
+        told("pwd_target", 0.5, 93.0, "pwd at 0.5"),
+        told("pwd_target", 0.9, 91.0, "pwd at 0.9"),
+        told("pwd_target", 0.9, 90.0, lr=1e-2),
+        told("pwd_target", 0.9, 99.0, seed=1),
+        told("magnitude", 0.9, 80.0),
+        told("magnitude_global", 0.9, 81.0, "IMP at 0.9"),
+    ]
+    chosen = records.worth_repeating(frame(rows[:4]))
+    assert chosen == {"pwd at 0.5", "pwd at 0.9"}
+    assert records.best_at_target(frame(rows[4:]))["run_id"].tolist() == ["IMP at 0.9"]
+    assert "IMP at 0.9" in records.worth_repeating(frame(rows))

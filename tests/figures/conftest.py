@@ -5,6 +5,7 @@ import pytest
 from figures.made_up import adamw, experiment, grid, run
 from pnorm_decay.figures.contour import contour_figure
 from pnorm_decay.figures.frontier import frontier_figure
+from pnorm_decay.figures.methods import methods_figure
 
 
 @pytest.fixture(scope="session")
@@ -21,6 +22,12 @@ def full():
 def frontier(full):
     """Figure 2 of it; tests look and do not touch."""
     return frontier_figure(full)
+
+
+@pytest.fixture(scope="session")
+def methods(full):
+    """Its supplement; tests look and do not touch."""
+    return methods_figure(full)
 
 
 @pytest.fixture(scope="session")

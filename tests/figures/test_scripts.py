@@ -22,10 +22,18 @@ def files(folder):
     return {str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()}
 
 
-def test_plot_draws_two_figures_a_kind_in_both_formats(run_program, results):
+def test_plot_draws_three_figures_a_kind_in_both_formats(run_program, results):
     done = run_program(PLOT, "--results", str(results))
     assert done.code == 0, done.err
-    expected = {f"demo/figure{n}.{suffix}" for n in (2, 3, 4, 5) for suffix in ("png", "pdf")}
+    names = (
+        "figure2",
+        "figure2_all_methods",
+        "figure3",
+        "figure3_all_methods",
+        "figure4",
+        "figure5",
+    )
+    expected = {f"demo/{name}.{suffix}" for name in names for suffix in ("png", "pdf")}
     assert files(results / "figures") == expected
     assert done.out.count("wrote ") == len(expected)
     assert done.err == ""
@@ -39,7 +47,10 @@ def test_plot_draws_figure_one_of_a_real_toy_run(run_program, results):
     records.write(results / "cpu" / "resnet_a.csv", frame([run()]))
     done = run_program(PLOT, "--results", str(results), "--scale", "cpu", "--format", "png")
     assert done.code == 0, done.err
-    assert files(results / "figures") == {"figure1.png", "cpu/figure2.png", "cpu/figure4.png"}
+    assert files(results / "figures") == {
+        "figure1.png",
+        *(f"cpu/{name}.png" for name in ("figure2", "figure2_all_methods", "figure4")),
+    }
 
 
 def test_two_experiments_of_a_kind_are_told_apart(run_program, tmp_path):
@@ -48,7 +59,9 @@ def test_two_experiments_of_a_kind_are_told_apart(run_program, tmp_path):
     records.write(tmp_path / "cpu" / "other.csv", frame([run()]))
     assert run_program(PLOT, "--results", str(tmp_path), "--format", "png").code == 0
     assert files(tmp_path / "figures" / "cpu") == {
-        f"figure{n}_resnet_{x}.png" for n in (2, 4) for x in "ab"
+        f"{name}_resnet_{x}.png"
+        for name in ("figure2", "figure2_all_methods", "figure4")
+        for x in "ab"
     }
 
 

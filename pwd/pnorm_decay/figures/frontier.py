@@ -1,8 +1,8 @@
-"""Figures 2 and 3: accuracy against sparsity, and the trade-off between them for each p."""
+"""Figures 2 and 3: accuracy against sparsity, and accuracy at fixed sparsities."""
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Mapping
 
 import numpy as np
 import pandas as pd
@@ -10,223 +10,208 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
+from pnorm_decay import records
 from pnorm_decay.figures.loading import Experiment, average_seeds, best_adamw, by_p
 from pnorm_decay.figures.pareto import pareto_front
 from pnorm_decay.figures.style import (
-    ADAMW_COLOR,
+    ADAMW_LINE,
     WIDTH,
     PointStyle,
     accuracy_floor,
+    draw_adamw,
     finish,
-    method_styles,
     nines_axis,
     p_style,
     styled,
 )
 
-# Accuracies below this share of the best one lie below the axis.
+# The lowest accuracy shown, as a share of the best.
 COLLAPSED = 0.8
 
-# What is drawn alike: a value of p, or a method other than pWD, with all its settings.
-Family = tuple[PointStyle, pd.DataFrame]
+SPARSITIES = (0.5, 0.8, 0.9, 0.95, 0.98, 0.99)
 
-
-def trade_off(accuracy: pd.Series, sparsity: pd.Series, reference: float) -> pd.Series:
-    """One number for accuracy and sparsity together; our choice, not the paper's.
-
-    ``F = 2 r s / (r + s)``, the harmonic mean of the sparsity ``s`` and of the accuracy relative to
-    AdamW's best, ``r = accuracy / reference``. The harmonic mean follows the smaller of the two, so
-    a dense run scores 0 however accurate it is, and a collapsed one scores low however sparse it
-    is: 1 would be AdamW's accuracy without a single weight. Near 1, a per cent of accuracy and a
-    per cent of sparsity weigh the same.
-
-    Args:
-        accuracy: in percent.
-        sparsity: in [0, 1].
-        reference: the accuracy that counts as 1, in percent; above 0.
-
-    Returns:
-        F of each run, 0 where both accuracy and sparsity are 0.
-    """
-    r = accuracy / reference
-    return (2 * r * sparsity / (r + sparsity)).fillna(0.0)
+# What is drawn beside pWD with a constant lambda_p: a style, and the methods in the records.
+RIVALS = (
+    (PointStyle("pWD to a target", "target", "#111111", "8", 4.5, line=True), ["pwd_target"]),
+    (PointStyle("exact to a target", "exact", "#e8630a", "H", 4.5, line=True), ["exact_target"]),
+    (
+        PointStyle("IMP", "IMP", "#1a9850", "X", 4.5, line=True),
+        ["magnitude", "magnitude_global"],
+    ),
+)
+CONSTANT = PointStyle("pWD, constant lambda_p, best p", "pWD", "#1f6fb8", "o", 4.5)
 
 
 @styled
 def frontier_figure(experiment: Experiment) -> Figure:
     """Draws Figure 2 (images) or 3 (text) of the paper.
 
-    Left: a point a setting of (p, lambda_p, lr), averaged over its seeds, with a line along the
-    Pareto front of each p; AdamW's best accuracy as a dashed line; other methods by marker. Right:
-    for each p and each other method the best ``trade_off`` over all settings (by the first seed),
-    before all of them.
-    Without an AdamW run, accuracy is relative to the best of all runs, and the note says so.
+    Left: pWD with a constant lambda_p, a pale point a setting and a thin line along the Pareto
+    front of each p; a strong line each for the runs that were steered to a target and for magnitude
+    pruning, through the setting that seed 0 chooses at each target; AdamW's best accuracy as a
+    dashed line. Right: the accuracy of each of them at a sparsity of at least s, as
+    ``records.best`` chooses it by seed 0. Points are means over seeds, bars standard deviations.
     """
-    runs = experiment.finished
-    adamw = best_adamw(average_seeds(runs))
-    reference = float(runs["val_accuracy"].max()) if adamw is None else adamw
-    score = trade_off(runs["val_accuracy"], runs["sparsity"], reference)
-    settings = average_seeds(runs.assign(trade_off=score), values=["trade_off"])
-    norms = [(p_style(p), points) for p, points in by_p(settings[settings["method"] == "pwd"])]
-    others = [
-        (style, settings[settings["method"] == method])
-        for method, style in method_styles(settings["method"]).items()
-    ]
-
-    fig = Figure(figsize=(WIDTH, 3.9))
+    settings = average_seeds(experiment.finished)
+    grid = settings[settings["method"] == "pwd"]
+    rivals = {
+        style: _best_at_targets(settings[settings["method"].isin(methods)])
+        for style, methods in RIVALS
+        if settings["method"].isin(methods).any()
+    }
+    adamw = best_adamw(settings)
+    fig = Figure(figsize=(WIDTH, 3.7))
     left, right = fig.subplots(1, 2, width_ratios=(1.35, 1))
-    n_below = _draw_frontier(left, norms, others, reference)
-    if adamw is not None:
-        _draw_adamw(left, adamw)
-    _draw_trade_off(right, norms, others)
-    _draw_legend(fig, norms, others, adamw is not None, n_below)
-    base = "best of AdamW" if adamw is not None else "best of all runs (no AdamW run is recorded)"
+    hidden = _draw_frontier(left, grid, rivals, adamw)
+    _draw_at_sparsities(right, grid, rivals, adamw, bottom=left.get_ylim()[0])
+    _draw_legend(fig, grid, adamw is not None)
+    left_out = f"{hidden} settings lie below the left axis. " if hidden else ""
     bars = "Bars: standard deviation over seeds. " if (settings["seeds"] > 1).any() else ""
     finish(
         fig,
-        f"{experiment.note} Lines: Pareto front of each p. {bars}"
-        f"Trade-off (our choice, not the paper's): F\u00a0=\u00a02rs/(r\u00a0+\u00a0s), "
-        f"s = sparsity, r = accuracy / {base}.",
+        f"{experiment.note} Thin lines: Pareto front of pWD with a constant lambda_p, for each p; "
+        f"pale: all its settings. {bars}{left_out}Right: the best setting that is at least as "
+        "sparse; a triangle on the axis is an accuracy below it.",
     )
     return fig
 
 
-def _draw_frontier(ax: Axes, norms: list[Family], others: list[Family], reference: float) -> int:
-    """Fills the left panel; returns how many settings lie below its lower limit."""
-    shown = pd.concat([points for _, points in norms + others] or [_NO_POINTS])
-    accuracy = np.append(shown["val_accuracy"].to_numpy(), reference)
+def _best_at_targets(settings: pd.DataFrame) -> pd.DataFrame:
+    """The setting at each target that the first seed chooses, by rising target."""
+    order = settings.sort_values("val_accuracy_first", ascending=False, kind="stable")
+    return order.drop_duplicates("target_sparsity").sort_values("target_sparsity")
+
+
+def _draw_frontier(
+    ax: Axes, grid: pd.DataFrame, rivals: Mapping[PointStyle, pd.DataFrame], adamw: float | None
+) -> int:
+    """Fills the left panel; returns how many settings lie below it."""
+    shown = pd.concat([grid, *rivals.values()])
+    accuracy = np.append(shown["val_accuracy"].to_numpy(), [] if adamw is None else adamw)
+    if len(accuracy) == 0:
+        accuracy = np.array([0.0])
     floor, best = accuracy_floor(accuracy, COLLAPSED), float(accuracy.max())
-    margin = max(0.08 * (best - floor), 0.2)
+    margin = max(0.06 * (best - floor), 0.2)
     inside = shown.loc[shown["val_accuracy"] >= floor, "sparsity"]
     nines_axis(ax, "x", highest=inside.max() if len(inside) else 0.0)
     ax.set_ylim(floor - margin, best + margin)
     ax.set(xlabel="sparsity", ylabel="validation accuracy (%)")
     ax.grid(True)
-    n_below = 0
-    for style, points in norms + others:
-        collapsed = points["val_accuracy"] < floor
-        if style.p is not None:
-            _draw_front(ax, style, points[~collapsed])
-        _draw_points(ax, style, points[~collapsed], faint=style.p is not None)
-        _draw_collapsed(ax, style, points.loc[collapsed, "sparsity"])
-        n_below += int(collapsed.sum())
-    return n_below
-
-
-_NO_POINTS = pd.DataFrame({"val_accuracy": [], "sparsity": []}, dtype=float)
-
-
-def _draw_front(ax: Axes, style: PointStyle, points: pd.DataFrame) -> None:
-    front = points.iloc[pareto_front(points["sparsity"], points["val_accuracy"])]
-    ax.plot(
-        front["sparsity"], front["val_accuracy"], label=style.label, zorder=3, **style.artist(4.5)
-    )
-
-
-def _draw_points(ax: Axes, style: PointStyle, points: pd.DataFrame, *, faint: bool) -> None:
-    """Draws every setting: faintly where a front leads through the ones that matter."""
-    look = style.artist() | ({} if style.line else {"linestyle": "none"})
-    points = points.sort_values("sparsity")
-    if faint:
-        look |= {"markersize": 3, "alpha": 0.35, "markeredgewidth": 0}
-    else:
-        look |= {"label": style.label, "zorder": 3.5}
-    ax.plot(points["sparsity"], points["val_accuracy"], **look)
-    repeated = points[points["seeds"] > 1]
-    if len(repeated):
-        ax.errorbar(
-            repeated["sparsity"],
-            repeated["val_accuracy"],
-            xerr=repeated["sparsity_std"],
-            yerr=repeated["val_accuracy_std"],
-            fmt="none",
-            ecolor=style.color,
-            elinewidth=0.8,
-            capsize=1.5,
-            zorder=2.8,
+    for p, points in by_p(grid[grid["val_accuracy"] >= floor]):
+        style = p_style(p)
+        ax.plot(
+            points["sparsity"],
+            points["val_accuracy"],
+            style.marker,
+            color=style.color,
+            markersize=2.5,
+            alpha=0.3,
+            markeredgewidth=0,
         )
+        front = points.iloc[pareto_front(points["sparsity"], points["val_accuracy"])]
+        ax.plot(
+            front["sparsity"],
+            front["val_accuracy"],
+            label=style.label,
+            zorder=3,
+            **style.artist(3.5) | {"linewidth": 0.9},
+        )
+    for style, settings in rivals.items():
+        points = settings[settings["val_accuracy"] >= floor]
+        _draw_means(ax, points["sparsity"], points, style, linestyle="-")
+        if len(points):  # its name beside its sparse end, below the line
+            ax.annotate(
+                style.label,
+                (points["sparsity"].iloc[-1], points["val_accuracy"].iloc[-1]),
+                xytext=(-7, -3),
+                textcoords="offset points",
+                ha="right",
+                va="top",
+                fontsize=7,
+                color=style.color,
+            )
+    if adamw is not None:
+        draw_adamw(ax, adamw)
+    return int((shown["val_accuracy"] < floor).sum())
 
 
-def _draw_collapsed(ax: Axes, style: PointStyle, sparsity: pd.Series) -> None:
-    """Marks runs below the axis by triangles on its lower edge, at their sparsity."""
-    ax.plot(
-        sparsity.clip(upper=ax.get_xlim()[1]),
-        np.full(len(sparsity), 0.015),
-        "v",
-        transform=ax.get_xaxis_transform(),
+def _draw_means(
+    ax: Axes, x: pd.Series | list[float], points: pd.DataFrame, style: PointStyle, linestyle: str
+) -> None:
+    ax.errorbar(
+        x,
+        points["val_accuracy"],
+        yerr=points["val_accuracy_std"].fillna(0.0),
+        label=style.label,
         color=style.color,
-        markersize=3.5,
-        markeredgewidth=0,
-        alpha=0.6,
-        clip_on=False,
-        in_layout=False,
+        linestyle=linestyle,
+        linewidth=1.6,
+        marker=style.marker,
+        markersize=style.size,
+        markeredgewidth=0.4,
+        markeredgecolor="white",
+        elinewidth=0.9,
+        capsize=1.5,
         zorder=4,
     )
 
 
-def _draw_adamw(ax: Axes, accuracy: float) -> None:
-    ax.axhline(accuracy, label="AdamW", zorder=2.5, **_ADAMW_LINE)
-    ax.annotate(
-        f"{accuracy:.1f}%",
-        (1, accuracy),
-        xycoords=("axes fraction", "data"),
-        xytext=(0, 2),
-        textcoords="offset points",
-        ha="right",
-        fontsize=6.5,
-        color=ADAMW_COLOR,
-    )
-
-
-_ADAMW_LINE: dict[str, Any] = {"color": ADAMW_COLOR, "linestyle": "--", "linewidth": 1.2}
-
-
-def _draw_trade_off(ax: Axes, norms: list[Family], others: list[Family]) -> None:
-    """Fills the right panel: a column a p, and after a rule a column a method."""
-    families = norms + others
-    nines_axis(ax, "y", highest=max((f["trade_off"].max() for _, f in families), default=0.0))
-    for x, (style, points) in enumerate(families):
-        ax.plot(
-            np.full(len(points), x),
-            points["trade_off"],
-            "_",
-            color=style.color,
-            markersize=8,
-            alpha=0.35,
-        )
-        best = points.nlargest(1, "trade_off_first")
-        spread = best["trade_off_std"].fillna(0.0)
-        ax.errorbar([x], best["trade_off"], yerr=spread, capsize=2, zorder=3, **style.artist())
-    ax.grid(True, axis="y")
-    ax.set_xlim(-0.6, max(len(families), 1) - 0.4)
-    ax.set_xticks(range(len(families)), [style.tick for style, _ in families])
-    ax.set_ylabel("trade-off F = 2rs / (r + s)")
-    ax.set_xlabel("p, or method" if norms and others else "method" if others else "p")
-    if norms and others:
-        ax.axvline(len(norms) - 0.5, color="#bbbbbb", linewidth=0.6)
-    for label in ax.get_xticklabels()[len(norms) :]:
-        label.set(rotation=35, ha="right", rotation_mode="anchor")
-
-
-def _draw_legend(
-    fig: Figure, norms: list[Family], others: list[Family], has_adamw: bool, n_below: int
+def _draw_at_sparsities(
+    ax: Axes,
+    grid: pd.DataFrame,
+    rivals: Mapping[PointStyle, pd.DataFrame],
+    adamw: float | None,
+    bottom: float,
 ) -> None:
+    """Fills the right panel: a column a sparsity, in it the best of each."""
+    contenders = ({CONSTANT: grid} if len(grid) else {}) | dict(rivals)
+    ax.set_ylim(bottom, None)
+    top = bottom
+    for place, (style, settings) in enumerate(contenders.items()):
+        best = [(x, records.best(settings, at_least=s)) for x, s in enumerate(SPARSITIES)]
+        offset = 0.7 * ((place + 0.5) / len(contenders) - 0.5)
+        reached = [(x + offset, row) for x, row in best if len(row)]
+        if not reached:
+            continue
+        points = pd.concat([row for _, row in reached])
+        x = pd.Series([x for x, _ in reached], index=points.index)
+        inside = points["val_accuracy"] >= bottom
+        top = max(top, (points["val_accuracy"] + points["val_accuracy_std"].fillna(0)).max())
+        _draw_means(ax, x[inside], points[inside], style, linestyle="none")
+        below = np.full(int((~inside).sum()), 0.02)
+        ax.plot(
+            x[~inside],
+            below,
+            "v",
+            transform=ax.get_xaxis_transform(),
+            color=style.color,
+            markersize=4,
+            markeredgewidth=0,
+        )
+    if adamw is not None:
+        ax.axhline(adamw, zorder=2.5, **ADAMW_LINE)
+        top = max(top, adamw)
+    ax.set_ylim(bottom, top + 0.04 * (top - bottom) + 0.1)
+    ax.grid(True, axis="y")
+    ax.set_xlim(-0.5, len(SPARSITIES) - 0.5)
+    ax.set_xticks(range(len(SPARSITIES)), [f"{s:g}" for s in SPARSITIES])
+    ax.set(xlabel="sparsity of at least", ylabel="accuracy of the best setting (%)")
+    if contenders:
+        ax.legend(loc="lower left", fontsize=6.5, handlelength=1.2)
+
+
+def _draw_legend(fig: Figure, grid: pd.DataFrame, has_adamw: bool) -> None:
     handles = [
-        Line2D([], [], label=style.label, **style.artist(min(style.size, 7)))
-        for style, _ in norms + others
+        Line2D([], [], label=style.label, **style.artist(4))
+        for style in (p_style(p) for p, _ in by_p(grid))
     ]
     if has_adamw:
-        handles.insert(len(norms), Line2D([], [], label="best AdamW", **_ADAMW_LINE))
-    if n_below:
-        label = f"{n_below} below the axis"
-        handles.append(Line2D([], [], color="#999999", marker="v", linestyle="none", label=label))
-    n_columns = len(handles) if len(handles) <= 8 else len(norms) if 5 <= len(norms) <= 8 else 7
-    # Matplotlib fills columns; the p are to fill the first rows.
-    by_row = [handle for column in range(n_columns) for handle in handles[column::n_columns]]
-    fig.legend(
-        handles=by_row,
-        loc="outside upper center",
-        ncols=n_columns,
-        handlelength=1.8,
-        columnspacing=1.4,
-    )
+        handles.append(Line2D([], [], label="best AdamW", **ADAMW_LINE))
+    if handles:
+        fig.legend(
+            handles=handles,
+            loc="outside upper center",
+            ncols=8,
+            handlelength=1.8,
+            columnspacing=1.4,
+        )

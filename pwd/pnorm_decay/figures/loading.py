@@ -12,7 +12,7 @@ from numpy.typing import ArrayLike, NDArray
 
 from pnorm_decay import records
 
-SCALES = ("demo", "cpu", "paper")
+SCALES = ("demo", "cpu", "wide", "paper")
 
 # What makes two runs repetitions of each other when only their seeds differ.
 SETTING = ["method", "p", "lambda_p", "lr", "target_sparsity", "steps"]
@@ -26,7 +26,7 @@ class Experiment:
     """All recorded runs of one experiment at one scale.
 
     Attributes:
-        scale: ``demo``, ``cpu`` or ``paper``.
+        scale: ``demo``, ``cpu``, ``wide`` or ``paper``.
         name: the experiment's, such as ``resnet18_cifar10``.
         runs: one row a run, with the columns of ``pnorm_decay.records.COLUMNS``.
     """

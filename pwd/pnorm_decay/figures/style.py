@@ -59,6 +59,7 @@ _ABOVE_ONE = LinearSegmentedColormap.from_list("above one", ["#efb93a", "#b5651d
 _AT_ONE = "#4d4d4d"
 
 ADAMW_COLOR = "#d62728"
+ADAMW_LINE: Any = {"color": ADAMW_COLOR, "linestyle": "--", "linewidth": 1.2}
 
 
 @dataclass(frozen=True)
@@ -95,9 +96,10 @@ class PointStyle:
 
 _KNOWN_METHODS = {
     "magnitude": PointStyle("IMP", "IMP", "#1a9850", "x", 5.5),
-    "oto": PointStyle("OTO", "OTO", "#ff7f0e", "*", 9.0),
+    "magnitude_global": PointStyle("IMP, all layers together", "IMP all", "#a6d96a", "x", 5.5),
+    "oto": PointStyle("OTO", "OTO", "#d500f9", "*", 9.0),
     "pwd_target": PointStyle("pWD to a target", "target", "#111111", "8", 5.0, line=True),
-    "exact_target": PointStyle("exact to a target", "exact target", "#888888", "H", 5.0, line=True),
+    "exact_target": PointStyle("exact to a target", "exact target", "#e8630a", "H", 5.0, line=True),
 }
 # How readers know the others; a method that is not listed keeps its own name.
 _LABELS = {
@@ -110,7 +112,7 @@ _LABELS = {
     "dwf": "DWF",
     "rewa": "ReWA",
 }
-_OTHER_COLORS = ("#8e44ad", "#009e8e", "#e0559b", "#7a8500", "#5c6bc0", "#00838f", "#a1887f")
+_OTHER_COLORS = ("#8e44ad", "#009e8e", "#e0559b", "#7a8500", "#5c6bc0", "#8b0000", "#a1887f")
 _OTHER_MARKERS = ("^", "P", "X", "h", ">", "p", "<", "d")
 
 
@@ -151,6 +153,21 @@ def accuracy_floor(accuracy: NDArray[np.float64], share: float) -> float:
     matter, so they do not count.
     """
     return float(accuracy[accuracy >= share * accuracy.max()].min())
+
+
+def draw_adamw(ax: Axes, accuracy: float) -> None:
+    """Draws AdamW's best accuracy as a dashed line with its value."""
+    ax.axhline(accuracy, label="AdamW", zorder=2.5, **ADAMW_LINE)
+    ax.annotate(
+        f"{accuracy:.1f}%",
+        (1, accuracy),
+        xycoords=("axes fraction", "data"),
+        xytext=(0, 2),
+        textcoords="offset points",
+        ha="right",
+        fontsize=6.5,
+        color=ADAMW_COLOR,
+    )
 
 
 def nines_axis(ax: Axes, which: Literal["x", "y"], highest: float) -> None:

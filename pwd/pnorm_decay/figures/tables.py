@@ -87,31 +87,31 @@ def table1_markdown(experiment: Experiment) -> str:
     shown = pd.DataFrame(
         {
             "method": table["method"].map(method_label),
-            "p": table["p"].map(_number),
+            "p": table["p"].map(number),
             "runs": table["runs"].astype(str),
             "seeds": table["seeds"].astype(str),
-            "best accuracy, %": _with_spread(table, "best_accuracy"),
-            "its λₚ": table["best_lambda_p"].map(_number),
-            "its lr": table["best_lr"].map(_number),
+            "best accuracy, %": with_spread(table, "best_accuracy"),
+            "its λₚ": table["best_lambda_p"].map(number),
+            "its lr": table["best_lr"].map(number),
             "its sparsity": table["best_sparsity"].map("{:.4f}".format),
         }
     )
     for bound in SPARSITIES:
-        shown[f"at sparsity ≥ {bound:g}"] = _with_spread(table, f"accuracy_at_{bound:g}")
+        shown[f"at sparsity ≥ {bound:g}"] = with_spread(table, f"accuracy_at_{bound:g}")
     title = (
         "Table 1. Best validation accuracy, and the best at a sparsity of at least s, in percent"
     )
-    return _page(title, experiment, shown)
+    return page(title, experiment, shown)
 
 
 def table2_markdown(experiment: Experiment) -> str:
     """Table 2 for readers."""
     table = table2(experiment)
-    shown = table.assign(
-        method=table["method"].map(method_label), p=table["p"].map(_number)
-    ).astype(str)
+    shown = table.assign(method=table["method"].map(method_label), p=table["p"].map(number)).astype(
+        str
+    )
     shown = shown.rename(columns={"lambda_p": "λₚ"})
-    return _page("Table 2. The grid of every method and p", experiment, shown)
+    return page("Table 2. The grid of every method and p", experiment, shown)
 
 
 def _by_method_and_p(runs: pd.DataFrame) -> list[tuple[tuple[str, float], pd.DataFrame]]:
@@ -129,21 +129,21 @@ def _by_method_and_p(runs: pd.DataFrame) -> list[tuple[tuple[str, float], pd.Dat
 
 
 def _values(column: pd.Series) -> str:
-    return ", ".join(_number(value) for value in sorted(column.dropna().unique()))
+    return ", ".join(number(value) for value in sorted(column.dropna().unique()))
 
 
-def _number(value: float) -> str:
+def number(value: float) -> str:
     return "" if pd.isna(value) else f"{value:g}"
 
 
-def _with_spread(table: pd.DataFrame, name: str) -> list[str]:
+def with_spread(table: pd.DataFrame, name: str) -> list[str]:
     return [
         "" if pd.isna(mean) else f"{mean:.2f}" if pd.isna(std) else f"{mean:.2f} ± {std:.2f}"
         for mean, std in zip(table[name], table[f"{name}_std"], strict=True)
     ]
 
 
-def _page(title: str, experiment: Experiment, shown: pd.DataFrame) -> str:
+def page(title: str, experiment: Experiment, shown: pd.DataFrame) -> str:
     """A Markdown page: the title, the table, and the note that belongs to its runs."""
     lines = [
         f"**{title}.**",

@@ -2,7 +2,6 @@
 
 import inspect
 from collections.abc import Callable
-from itertools import chain
 from typing import Any
 
 import torch
@@ -12,10 +11,15 @@ from torch.optim.optimizer import ParamsT
 
 from pnorm_decay.decay import shrink_factor
 from pnorm_decay.optim import backends, op
-from pnorm_decay.optim.guards import refuse_complex, warn_of_stuck
-from pnorm_decay.optim.layout import Slot, State, check_shapes, local_part, names_of, suits_fused
-from pnorm_decay.optim.options import Group, Number, check, decays
-from pnorm_decay.optim.rules import Rule
+from pnorm_decay.optim.guards import (
+    refuse_capture,
+    refuse_complex,
+    refuse_misfits,
+    warn_of_stuck,
+)
+from pnorm_decay.optim.layout import Slot, check_shapes, local_part, suits_fused
+from pnorm_decay.optim.options import Group, check, decays
+from pnorm_decay.optim.rules import Rule, count, keeps_tensors
 from pnorm_decay.optim.shrink import Delayed, shrink_of
 
 __all__ = ["PNormDecayOptimizer"]
@@ -83,20 +87,8 @@ class PNormDecayOptimizer(Optimizer):
                 {**{name: value for name, value in group.items() if name != "params"}, **saved}
                 for group, saved in zip(self.param_groups, saved_groups, strict=True)
             ]
-        keys = chain.from_iterable(saved["params"] for saved in saved_groups)
-        named = chain.from_iterable(
-            zip(group["params"], names_of(group), strict=True) for group in self.param_groups
-        )
-        sizes = [[len(g["params"]) for g in groups] for groups in (saved_groups, self.param_groups)]
-        pairs = zip(keys, named, strict=False) if sizes[0] == sizes[1] else ()  # else torch refuses
-        for key, (param, name) in pairs:
-            for what in (*self.rule.moments, "auxiliary"):
-                value = state_dict["state"].get(key, {}).get(what)
-                if value is not None and value.shape != param.shape:
-                    raise ValueError(
-                        f"The state to load does not fit parameter {name}: {what} has the shape "
-                        f"{tuple(value.shape)}, the parameter {tuple(param.shape)}"
-                    )
+        moments = (*self.rule.moments, "auxiliary")
+        refuse_misfits(state_dict["state"], saved_groups, self.param_groups, moments)
         super().load_state_dict({**state_dict, "param_groups": saved_groups})
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -146,11 +138,8 @@ class PNormDecayOptimizer(Optimizer):
 
     def step_eagerly(self) -> None:
         """The step without closure and hooks."""
-        if not all(group["capturable"] for group in self.param_groups) and is_capturing():
-            raise RuntimeError(
-                f"Attempting CUDA graph capture of step() for an instance of {type(self).__name__} "
-                "but param_groups' capturable is False."
-            )
+        if not all(group["capturable"] for group in self.param_groups):
+            refuse_capture(type(self).__name__)
         with torch.set_grad_enabled(self.defaults["differentiable"]):
             for group in self.param_groups:
                 self._check(group)
@@ -202,24 +191,3 @@ class PNormDecayOptimizer(Optimizer):
             check_shapes(slot, group, param)
             slots.append(slot)
         return slots
-
-
-def is_capturing() -> bool:
-    """Whether what runs now is recorded in a CUDA graph."""
-    return torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing()
-
-
-def keeps_tensors(group: Group) -> bool:
-    """Whether step counts and learning rate stay tensors: no value is read on the host."""
-    return group["differentiable"] or group["capturable"]
-
-
-def count(states: list[State], group: Group) -> list[Number]:
-    """Adds 1 to each step count; the new counts, as numbers where they lie on the host."""
-    steps = [state["step"] for state in states]
-    if steps[0].is_cpu:  # a tensor, because a number would be made one again for each count
-        torch._foreach_add_(steps, torch.tensor(1.0, device="cpu"), alpha=1.0)
-    else:
-        torch._foreach_add_(steps, 1)
-    as_tensors = keeps_tensors(group)
-    return [step if as_tensors or not step.is_cpu else int(step.item()) for step in steps]

@@ -1,6 +1,9 @@
-"""What decay cannot do: a refusal and a warning."""
+"""What a step cannot do: refusals and a warning."""
 
 import warnings
+from collections.abc import Mapping
+from itertools import chain
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -8,7 +11,7 @@ from torch import Tensor
 from pnorm_decay.optim.layout import PLAIN, names_of, whole
 from pnorm_decay.optim.options import Group
 
-__all__ = ["refuse_complex", "warn_of_stuck"]
+__all__ = ["refuse_capture", "refuse_complex", "refuse_misfits", "warn_of_stuck"]
 
 
 def refuse_complex(params: list[Tensor], owner: str) -> None:
@@ -18,6 +21,42 @@ def refuse_complex(params: list[Tensor], owner: str) -> None:
             f"{owner} does not decay complex parameters: put them into a group with lambda_p=0 "
             "and weight_decay=0"
         )
+
+
+def refuse_capture(owner: str) -> None:
+    """Raises RuntimeError if what runs now is recorded in a CUDA graph."""
+    if torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing():
+        raise RuntimeError(
+            f"Attempting CUDA graph capture of step() for an instance of {owner} but "
+            "param_groups' capturable is False."
+        )
+
+
+def refuse_misfits(
+    states: Mapping[Any, Any], saved: list[Group], groups: list[Group], names: tuple[str, ...]
+) -> None:
+    """Raises ValueError if a state to load has another shape than its parameter.
+
+    Args:
+        states: the saved states by the keys that the saved groups list.
+        saved: the saved groups; where they differ in number or size, torch refuses them.
+        groups: the optimizer's groups.
+        names: of the entries that have their parameter's shape.
+    """
+    if [len(group["params"]) for group in saved] != [len(group["params"]) for group in groups]:
+        return
+    keys = chain.from_iterable(group["params"] for group in saved)
+    named = chain.from_iterable(
+        zip(group["params"], names_of(group), strict=True) for group in groups
+    )
+    for key, (param, name) in zip(keys, named, strict=True):
+        for what in names:
+            value = states.get(key, {}).get(what)
+            if value is not None and value.shape != param.shape:
+                raise ValueError(
+                    f"The state to load does not fit parameter {name}: {what} has the shape "
+                    f"{tuple(value.shape)}, the parameter {tuple(param.shape)}"
+                )
 
 
 def warn_of_stuck(

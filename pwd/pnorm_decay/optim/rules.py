@@ -11,9 +11,25 @@ from torch.optim.sgd import sgd
 from pnorm_decay.optim.layout import Slot, State, widened
 from pnorm_decay.optim.options import Group, Number
 
-__all__ = ["AdamRule", "Rule", "SGDRule"]
+__all__ = ["AdamRule", "Rule", "SGDRule", "count", "keeps_tensors"]
 
 SGD, MOMENTUM, ADAM, AMSGRAD = range(4)  # fused.c's enum Rule
+
+
+def keeps_tensors(group: Group) -> bool:
+    """Whether step counts and learning rate stay tensors: no value is read on the host."""
+    return group["differentiable"] or group["capturable"]
+
+
+def count(states: list[State], group: Group) -> list[Number]:
+    """Adds 1 to each step count; the new counts, as numbers where they lie on the host."""
+    steps = [state["step"] for state in states]
+    if steps[0].is_cpu:  # a tensor, because a number would be made one again for each count
+        torch._foreach_add_(steps, torch.tensor(1.0, device="cpu"), alpha=1.0)
+    else:
+        torch._foreach_add_(steps, 1)
+    as_tensors = keeps_tensors(group)
+    return [step if as_tensors or not step.is_cpu else int(step.item()) for step in steps]
 
 
 class Rule(ABC):
