@@ -8,7 +8,7 @@ SCALE ?= demo
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help setup lock data sweep figures reproduce-figures bench bench-optimizer bench-training bench-sweep dashboard sync soak test test-ray notebooks lint clean
+.PHONY: help setup lock data sweep figures explorer reproduce-figures bench bench-optimizer bench-training bench-sweep dashboard sync soak test test-ray notebooks lint clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-18s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -42,7 +42,10 @@ figures: $(READY) ## draw every figure and table from results/*/*.csv
 	$(BIN)/python scripts/plot.py
 	$(BIN)/python scripts/tables.py
 
-reproduce-figures: sweep figures ## the main job: sweep, then figures (SCALE=demo, cpu or paper)
+reproduce-figures: sweep figures explorer ## the main job: sweep, then figures (SCALE=demo, cpu or paper)
+
+explorer: $(READY) ## write results/explorer.html: all recorded runs, to choose from and to look at
+	$(BIN)/python scripts/explorer.py
 
 bench: bench-optimizer bench-training bench-sweep ## run every benchmark, alone on the machine
 
