@@ -8,7 +8,7 @@ SCALE ?= demo
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help setup lock data sweep figures explorer reproduce-figures bench bench-optimizer bench-training bench-sweep dashboard sync soak test test-ray notebooks lint clean
+.PHONY: help setup lock data sweep figures explorer verify reproduce-figures bench bench-optimizer bench-training bench-sweep dashboard sync soak test test-ray notebooks lint clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-18s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -46,6 +46,9 @@ reproduce-figures: sweep figures explorer ## the main job: sweep, then figures (
 
 explorer: $(READY) ## write results/explorer.html: all recorded runs, to choose from and to look at
 	$(BIN)/python scripts/explorer.py
+
+verify: $(READY) ## train one recorded run of each experiment again and compare it with its record
+	$(BIN)/python scripts/verify.py
 
 bench: bench-optimizer bench-training bench-sweep ## run every benchmark, alone on the machine
 

@@ -1,0 +1,45 @@
+from __future__ import annotations
+
+import pytest
+
+from conftest import REPOSITORY
+from pnorm_decay import records
+
+RECORDED = records.read(REPOSITORY / "results" / "demo" / "resnet_digits.csv")
+
+
+def quickest():
+    rows = RECORDED[(RECORDED["method"] == "pwd") & (RECORDED["seed"] == 0)]
+    return rows.sort_values("seconds").head(1)
+
+
+@pytest.mark.parametrize(("change", "code"), [(0.0, 0), (9.0, 1)])
+def test_a_run_done_again_is_as_recorded_and_a_false_record_is_found(
+    run_program, tmp_path, change, code
+):
+    row = quickest()
+    row["val_accuracy"] -= change
+    records.write(tmp_path / "demo" / "resnet_digits.csv", row)
+    done = run_program("scripts/verify.py", "--results", str(tmp_path))
+    assert done.code == code, done.out
+    assert f"record {row['val_accuracy'].item():.2f} %" in done.out
+    assert ("NOT AS RECORDED" in done.out) == bool(code)
+
+
+def test_what_takes_too_long_is_left_out(run_program, tmp_path):
+    records.write(tmp_path / "demo" / "resnet_digits.csv", quickest())
+    done = run_program("scripts/verify.py", "--results", str(tmp_path), "--longest", "0.1")
+    assert done.code == 0
+    assert "left out, its runs take more than 0.1 s" in done.out
+
+
+def test_a_run_that_cannot_be_done_is_an_error(run_program, tmp_path):
+    row = quickest().assign(lr=-1.0)
+    records.write(tmp_path / "demo" / "resnet_digits.csv", row)
+    done = run_program("scripts/verify.py", "--results", str(tmp_path))
+    assert done.code == 1
+    assert "error" in done.out
+
+
+def test_without_records_there_is_nothing_to_verify(run_program, tmp_path):
+    assert run_program("scripts/verify.py", "--results", str(tmp_path)).code == 2
