@@ -4,9 +4,9 @@
     python scripts/verify.py --longest 900
 
 Of each experiment whose data are there it takes the most accurate run of pWD with seed 0 that took
-less than --longest seconds. Machines round differently, so that a run is not the same everywhere: a
-difference of accuracy counts if it is more than three standard deviations of the recorded seeds, one
-of sparsity if it is more than 0.05.
+less than --longest seconds. Machines round differently, so that a run is not the same everywhere:
+a difference of accuracy counts if it is more than three standard deviations of the recorded seeds,
+one of sparsity if it is more than 0.05.
 """
 
 from __future__ import annotations
