@@ -7,7 +7,12 @@ GPUs. A run that is already complete costs nothing, one that was cut off goes on
 from __future__ import annotations
 
 import os
+import signal
 import sys
+
+if __name__ == "__main__":
+    # Ctrl-C ends the program without frames as long as it imports; nothing has begun.
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 import hydra
 from hydra.errors import HydraException
@@ -35,13 +40,11 @@ USER_ERRORS = (
 @hydra.main(version_base="1.3", config_path="../configs", config_name="train")
 def main(cfg: DictConfig) -> None:
     """Hydra's entry point: one run."""
-    stopping.install()  # here too, for the processes that a launcher starts
+    stopping.install()  # here too, for the processes that a launcher of clusters starts
+    if stopping.requested():
+        raise stopping.Stopped
     try:
-        if not stopping.requested():
-            run(cfg)
-    except stopping.Stopped:
-        if not stopping.is_worker():  # a worker ends quietly, so that others can save too
-            raise
+        run(cfg)
     except USER_ERRORS as error:
         if in_sweep():
             raise  # the other runs go on; Hydra raises it again when they are done
@@ -56,7 +59,7 @@ if __name__ == "__main__":
         try:
             main()
             if stopping.requested():
-                raise KeyboardInterrupt
+                raise stopping.Stopped
         except USER_ERRORS as error:
             report(error)
             sys.exit(2)

@@ -2,20 +2,15 @@
 
 from __future__ import annotations
 
-import multiprocessing
+import contextlib
 import os
-import re
-import warnings
+import sys
 from collections.abc import Mapping
 from typing import Any
 
-from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
 from hydra.core.hydra_config import HydraConfig
-from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException
-from hydra.experimental.callback import Callback
 from hydra.types import RunMode
-from omegaconf import DictConfig, read_write
 from omegaconf.errors import OmegaConfBaseException
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
@@ -23,36 +18,32 @@ from rich.table import Table
 
 from pnorm_decay.training.settings import cores
 
-TOTAL = "PNORM_SWEEP_TOTAL"  # environment variable of a sweep's jobs
-
-console = Console(stderr=True, highlight=False, soft_wrap=True, markup=False)
+TOTAL = "PNORM_SWEEP_TOTAL"  # environment variable of a sweep's jobs, set by our launcher
 
 
-class SweepProgress(Callback):
-    """Tells a sweep's jobs how many they are, which Hydra does not."""
+class StandardError:
+    """``sys.stderr``; a run goes on when its terminal hangs up or nobody reads its pipe."""
 
-    def on_multirun_start(self, config: DictConfig, **kwargs: Any) -> None:
-        # joblib starts a worker anew once the data of a run stay in its memory; no job is lost.
-        warnings.filterwarnings("ignore", "A worker stopped while some jobs were given")
-        params = config.hydra.sweeper.get("params") or {}
-        overrides = [f"{key}={value}" for key, value in params.items()]
-        overrides += config.hydra.overrides.task
-        parsed = OverridesParser.create().parse_overrides(overrides)
-        total = len(BasicSweeper.split_arguments(parsed, None)[0])
-        # Hydra hands this on to every job, also in workers that an earlier sweep has started.
-        with read_write(config.hydra.overrides):
-            config.hydra.overrides.hydra += [f"+hydra.job.env_set.{TOTAL}='{total}'"]
+    def write(self, text: str) -> None:
+        """Writes, where there is somebody to read it."""
+        with contextlib.suppress(OSError):
+            sys.stderr.write(text)
+
+    def flush(self) -> None:
+        """Writes what is left."""
+        with contextlib.suppress(OSError):
+            sys.stderr.flush()
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(sys.stderr, name)
+
+
+console = Console(file=StandardError(), highlight=False, soft_wrap=True, markup=False)  # type: ignore[arg-type]
 
 
 def in_sweep() -> bool:
     """Whether this run is a job of a multirun."""
     return HydraConfig.initialized() and HydraConfig.get().mode == RunMode.MULTIRUN
-
-
-def worker_number() -> int:
-    """This process's number among a sweep's workers; 0 for a process that is none."""
-    digits = re.search(r"\d+$", multiprocessing.current_process().name)
-    return int(digits[0]) if digits else 0
 
 
 def sweep_workers() -> int:

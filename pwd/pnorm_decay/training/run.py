@@ -29,6 +29,7 @@ from pnorm_decay.baselines import Pruning
 from pnorm_decay.data import DataError, Dataset
 from pnorm_decay.optim import split_decayed
 from pnorm_decay.training import checkpoint
+from pnorm_decay.training.devices import own_gpu
 from pnorm_decay.training.progress import (
     console,
     in_sweep,
@@ -36,7 +37,6 @@ from pnorm_decay.training.progress import (
     summary_table,
     sweep_position,
     sweep_workers,
-    worker_number,
 )
 from pnorm_decay.training.schedule import DecaySchedule, TargetSchedule, WarmupCosine
 from pnorm_decay.training.settings import ConfigError, TrainerSettings
@@ -60,6 +60,10 @@ DECAY_OPTIONS = ("lambda_p", "weight_decay")
 
 class RunError(RuntimeError):
     """A run of a sweep ended in an error; the message says where its details are."""
+
+
+class ProcessDiedError(RuntimeError):
+    """The process of a run ended before the run; the message says how."""
 
 
 def run(cfg: DictConfig) -> dict[str, Any] | None:
@@ -103,7 +107,7 @@ def _run(config: dict[str, Any], name: str) -> dict[str, Any] | None:
         console.print(run_line(name, record, already_complete=True))
         return record
 
-    device = settings.resolve_device(worker_number())
+    device = own_gpu(settings.resolve_device())
     accelerator = make_accelerator(device, settings.resolve_precision(device))
     lock = Path(config["runs_dir"]) / LOCKS / run_id
     with claimed(lock, accelerator) as is_ours:
@@ -234,6 +238,23 @@ def claimed(path: Path, accelerator: Accelerator) -> Iterator[bool]:
         lock.release()
 
 
+def record_lost(cfg: DictConfig, *, cause: ProcessDiedError) -> None:
+    """Records a run of a sweep as failed, unless it is complete; its process can no longer do so.
+
+    Raises:
+        RunError: it was recorded.
+    """
+    config: dict[str, Any] = OmegaConf.to_container(cfg, resolve=True)  # type: ignore[assignment]
+    name = run_name(config)
+    data: Dataset = build(config, "data")
+    run_id = identity(config, data.label)
+    run_dir = Path(config["runs_dir"]) / config["experiment_name"] / run_id
+    if finished_record(config, run_dir, run_id) is None:
+        console.print(f"{sweep_position()}{name}: failed: {cause}", style="red")
+        record_failure(config, run_id, data.label, run_dir, cause)
+        raise RunError(f"{name}: {cause} (see {run_dir / records.FAILURE_FILE})") from cause
+
+
 def record_failure(
     config: Mapping[str, Any], run_id: str, label: str, run_dir: Path, error: Exception
 ) -> None:
@@ -305,7 +326,7 @@ def identity(config: Mapping[str, Any], label: str) -> str:
         # "auto" stands for bf16, as on the machines of the recorded runs; what it is elsewhere is
         # another run.
         settings = TrainerSettings.from_config(config["trainer"])
-        precision = settings.resolve_precision(settings.resolve_device(worker_number()))
+        precision = settings.resolve_precision(settings.resolve_device())
         trainer["precision"] = "auto" if precision == "bf16" else precision
     what = {
         "data": {k: v for k, v in config["data"].items() if k not in ("path", "cache_dir")},

@@ -138,15 +138,15 @@ class TrainerSettings:
         """Steps between two evaluations."""
         return self.eval_every or steps_per_epoch or max(1, steps // 10)
 
-    def resolve_device(self, worker: int = 0) -> torch.device:
-        """The device to train on; each worker of a sweep, by its number, has a GPU of its own."""
+    def resolve_device(self) -> torch.device:
+        """The device to train on; see ``devices.own_gpu`` for which GPU of several."""
         if self.device == "cuda" and not torch.cuda.is_available():
             raise ConfigError("trainer.device=cuda: no CUDA device; use trainer.device=cpu or auto")
         cuda = self.device != "cpu" and torch.cuda.is_available()
         if not cuda:
             return torch.device("cpu")
         # Of a run with several processes, each has a GPU that its launcher names.
-        local = int(os.environ.get("LOCAL_RANK", worker))
+        local = int(os.environ.get("LOCAL_RANK", 0))
         return torch.device("cuda", local % torch.cuda.device_count())
 
     def resolve_precision(self, device: torch.device) -> str:

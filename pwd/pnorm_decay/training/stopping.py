@@ -1,7 +1,6 @@
-"""Ctrl-C and SIGTERM: the first lets a run save and stop, a second Ctrl-C stops at once.
+"""Ctrl-C, SIGTERM and SIGHUP: the first lets a run save and stop, a second Ctrl-C stops at once.
 
-A sweep's workers stop by the same signal, which the terminal or the sweep's main process sends
-them; each finishes its step, saves, and then leaves the runs that it is still given undone.
+A sweep's main process passes it on to its workers, see ``launcher``.
 """
 
 from __future__ import annotations
@@ -15,11 +14,9 @@ from collections.abc import Iterator
 from types import FrameType
 from typing import Any
 
-import psutil
-
 from pnorm_decay.training.progress import console
 
-SIGNALS = (signal.SIGINT, signal.SIGTERM)
+SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 # One Ctrl-C may arrive twice: from the terminal, and from a program that passes it on.
 DOUBLE_SECONDS = 0.5
 
@@ -42,10 +39,16 @@ def is_worker() -> bool:
 
 
 def install() -> None:
-    """Takes over the signals, for the rest of this process's life or until ``uninstall``."""
-    if not _old_handlers and threading.current_thread() is threading.main_thread():
-        for number in SIGNALS:
+    """Takes over the signals, for the rest of this process's life or until ``uninstall``.
+
+    A SIGHUP that is ignored (``nohup``) stays so.
+    """
+    if _old_handlers or threading.current_thread() is not threading.main_thread():
+        return
+    for number in SIGNALS:
+        if number != signal.SIGHUP or signal.getsignal(number) is not signal.SIG_IGN:
             _old_handlers[number] = signal.signal(number, _on_signal)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
 
 
 def uninstall() -> None:
@@ -67,21 +70,26 @@ def graceful() -> Iterator[None]:
         uninstall()
 
 
+@contextlib.contextmanager
+def postponed() -> Iterator[None]:
+    """Holds signals back: here until the block ends, in a process started in it until ``install``.
+
+    A process that is still importing has nothing to save, but would show its frames.
+    """
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
 def _on_signal(number: int, frame: FrameType | None) -> None:
     global _since
     now = time.monotonic()
     if _since is None:
         _since = now
         if not is_worker():
-            console.print("stopping when the state is saved; Ctrl-C again stops at once")
-            _pass_on()
+            with contextlib.suppress(OSError):  # a terminal that has hung up
+                console.print("stopping when the state is saved; Ctrl-C again stops at once")
     elif number == signal.SIGINT and now - _since > DOUBLE_SECONDS and not is_worker():
         raise KeyboardInterrupt
-
-
-def _pass_on() -> None:
-    """Sends SIGTERM to the workers that joblib has started for this process."""
-    for child in psutil.Process().children():
-        with contextlib.suppress(psutil.Error):
-            if "--process-name" in child.cmdline():  # its helper processes have no name
-                child.terminate()

@@ -1,0 +1,39 @@
+"""Hydra's way to ``pnorm_decay.training.launcher``: it looks for launchers in this folder alone."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from hydra.core.utils import JobReturn
+from hydra.plugins.launcher import Launcher
+from hydra.types import HydraContext, TaskFunction
+from omegaconf import DictConfig
+
+
+class BesideLauncher(Launcher):
+    """Does the runs of a sweep beside each other, each in a process of its own.
+
+    Args:
+        n_jobs: how many at a time; -1: one a core.
+    """
+
+    def __init__(self, n_jobs: int = -1) -> None:
+        self.n_jobs = n_jobs
+
+    def setup(
+        self, *, hydra_context: HydraContext, task_function: TaskFunction, config: DictConfig
+    ) -> None:
+        """Called by Hydra."""
+        self.hydra_context = hydra_context
+        self.task_function = task_function
+        self.config = config
+
+    def launch(
+        self, job_overrides: Sequence[Sequence[str]], initial_job_idx: int
+    ) -> Sequence[JobReturn]:
+        """Called by Hydra, which imports this module for single runs too."""
+        from pnorm_decay.training.launcher import Sweep, launch
+
+        total = initial_job_idx + len(job_overrides)
+        sweep = Sweep(self.hydra_context, self.task_function, self.config, total)
+        return launch(sweep, job_overrides, initial_job_idx, self.n_jobs)

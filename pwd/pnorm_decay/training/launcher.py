@@ -1,0 +1,260 @@
+"""A sweep's runs beside each other, in processes of their own.
+
+The processes come from a server (multiprocessing's forkserver) that has imported everything once; a
+process does run after run, until one of them fails.
+
+- A process that is killed, by the out-of-memory killer for instance: its run is recorded as failed.
+- One that is asked to stop, where the sweep is not: it saves, and a new one goes on with its run.
+- A sweep that is asked to stop passes it on. When it is killed, its processes save and end.
+
+(The pool of joblib, Hydra's launcher, ends with the first process that is killed, and takes runs of
+a process that was asked to stop for done. Submitit's local executor starts all runs at once.)
+"""
+
+from __future__ import annotations
+
+import atexit
+import collections
+import contextlib
+import functools
+import multiprocessing
+import multiprocessing.connection
+import os
+import pickle
+import signal
+import threading
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import cloudpickle
+from hydra.core.singleton import Singleton
+from hydra.core.utils import JobReturn, JobStatus, run_job, setup_globals
+from hydra.types import HydraContext, TaskFunction
+from omegaconf import DictConfig, open_dict
+
+from pnorm_decay.training import stopping
+from pnorm_decay.training.progress import TOTAL, console
+from pnorm_decay.training.run import ProcessDiedError, RunError, git_commit, record_lost
+from pnorm_decay.training.settings import cores
+
+LOOK_SECONDS = 0.2  # between two looks at whether the sweep was asked to stop
+
+git_commit()  # of the code that is loaded now, which processes forked from this one will run
+
+
+@dataclass(frozen=True)
+class Sweep:
+    """What the runs of a sweep have in common.
+
+    Attributes:
+        context: Hydra's, with the loader of configs.
+        task: does a run, given its config.
+        config: the sweep's config, without what the single runs override.
+        total: how many runs there are.
+    """
+
+    context: HydraContext
+    task: TaskFunction
+    config: DictConfig
+    total: int
+
+    def run(
+        self, number: int, overrides: Sequence[str], task: TaskFunction | None = None
+    ) -> JobReturn:
+        """Does one run in this process.
+
+        Args:
+            number: the run's, from 0.
+            overrides: what the run overrides in the config.
+            task: what is done instead of the sweep's task.
+
+        Returns:
+            How it ended; also where it failed.
+
+        Raises:
+            Stopped: the process was asked to stop, and the run's state is saved.
+        """
+        config = self.context.config_loader.load_sweep_config(self.config, list(overrides))
+        with open_dict(config):
+            config.hydra.job.id = f"{config.hydra.job.name}_{number}"
+            config.hydra.job.num = number
+            config.hydra.job.env_set[TOTAL] = str(self.total)
+        return run_job(
+            task_function=task or self.task,
+            config=config,
+            job_dir_key="hydra.sweep.dir",
+            job_subdir_key="hydra.sweep.subdir",
+            hydra_context=self.context,
+        )
+
+
+class Worker:
+    """A process that does runs, one at a time."""
+
+    def __init__(self) -> None:
+        context = multiprocessing.get_context("forkserver")
+        context.set_forkserver_preload([__name__])
+        self.connection, its_end = context.Pipe()
+        self.process = context.Process(target=_work, args=(its_end,))
+        with stopping.postponed():  # in the new process until it can save
+            self.process.start()
+        its_end.close()
+
+    def give(self, sweep: bytes, number: int, overrides: Sequence[str]) -> None:
+        """Has it do a run.
+
+        Raises:
+            OSError: the process has ended.
+        """
+        self.connection.send((sweep, number, list(overrides)))
+
+    def result(self) -> JobReturn | None:
+        """How its run ended, once the connection is ready; None where the process was stopped.
+
+        Raises:
+            ProcessDiedError: the process ended in any other way.
+        """
+        try:
+            return pickle.loads(self.connection.recv_bytes())
+        except (EOFError, OSError):
+            self.process.join()
+            code = self.process.exitcode or 0
+        if code == 0:
+            return None
+        if code > 0:
+            raise ProcessDiedError(f"its process ended with status {code}")
+        hint = ", as the system does when memory is full" if code == -signal.SIGKILL else ""
+        raise ProcessDiedError(f"its process was ended by {signal.Signals(-code).name}{hint}")
+
+    def close(self) -> None:
+        """Lets it end when it has nothing to do."""
+        self.connection.close()
+
+
+_idle: list[Worker] = []  # for the next run, also of the next sweep of this process
+
+
+@atexit.register
+def close_idle() -> None:
+    """Lets all processes end that have nothing to do."""
+    while _idle:
+        _idle.pop().close()
+
+
+def launch(
+    sweep: Sweep, overrides: Sequence[Sequence[str]], first: int, at_once: int
+) -> list[JobReturn]:
+    """Does runs beside each other.
+
+    Args:
+        sweep: what they have in common.
+        overrides: of each run.
+        first: the number of the first run.
+        at_once: how many are done beside each other; -1: one a core.
+
+    Returns:
+        How each ended, in order.
+
+    Raises:
+        Stopped: the sweep was asked to stop; the runs that had begun have saved their states.
+    """
+    setup_globals()
+    common = cloudpickle.dumps((sweep, Singleton.get_state()))
+    left = collections.deque(enumerate(overrides))
+    busy: dict[Worker, tuple[int, Sequence[str]]] = {}
+    ended: dict[int, JobReturn] = {}
+    at_once = cores() if at_once == -1 else max(1, at_once)
+    told = False  # the workers, to stop
+    try:
+        while busy or (left and not stopping.requested()):
+            while left and len(busy) < at_once and not stopping.requested():
+                job = left.popleft()
+                busy[_start(common, first + job[0], job[1])] = job
+            if stopping.requested() and not told:
+                told = True
+                for worker in busy:
+                    worker.process.terminate()
+            ready = multiprocessing.connection.wait(
+                [worker.connection for worker in busy], timeout=LOOK_SECONDS
+            )
+            for worker in [worker for worker in busy if worker.connection in ready]:
+                job = busy.pop(worker)
+                try:
+                    result = worker.result()
+                except ProcessDiedError as error:
+                    if not stopping.requested():
+                        lost = functools.partial(record_lost, cause=error)
+                        ended[job[0]] = sweep.run(first + job[0], job[1], lost)
+                    continue
+                if result is not None:
+                    ended[job[0]] = result
+                elif not stopping.requested():
+                    left.appendleft(job)
+                    pid = worker.process.pid
+                    console.print(f"process {pid} was asked to stop; a new one goes on for it")
+                # After a failure, such as a full memory, a process may not be what it was.
+                if result is not None and result.status == JobStatus.COMPLETED:
+                    _idle.append(worker)
+                else:
+                    worker.close()
+    finally:
+        for worker in busy:  # an error, or a second Ctrl-C, which stops at once
+            worker.process.kill()
+    if stopping.requested():
+        raise stopping.Stopped
+    return [ended[number] for number in sorted(ended)]
+
+
+def _start(common: bytes, number: int, overrides: Sequence[str]) -> Worker:
+    """A worker that does this run."""
+    while _idle:
+        worker = _idle.pop()
+        try:
+            worker.give(common, number, overrides)
+            return worker
+        except OSError:  # it has ended in the meantime
+            worker.close()
+    worker = Worker()
+    worker.give(common, number, overrides)
+    return worker
+
+
+def _work(jobs: multiprocessing.connection.Connection) -> None:
+    """What a worker does: runs until there are no more, or until it is asked to stop."""
+    stopping.install()
+    threading.Thread(target=_stop_with_parent, daemon=True).start()
+    setup_globals()
+    while True:
+        try:
+            common, number, overrides = jobs.recv()
+        except EOFError:
+            return
+        sweep, state = pickle.loads(common)
+        Singleton.set_state(state)
+        try:
+            ended = sweep.run(number, overrides)
+        except stopping.Stopped:
+            return
+        with contextlib.suppress(BrokenPipeError):  # the sweep was killed
+            jobs.send_bytes(_packed(ended))
+
+
+def _stop_with_parent() -> None:
+    """Asks this process to stop when the sweep's main process has ended, in whatever way."""
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    parent.join()
+    os.kill(os.getpid(), signal.SIGTERM)
+
+
+def _packed(ended: JobReturn) -> bytes:
+    """The result of a run for another process; of an error that cannot travel, its message."""
+    try:
+        content = cloudpickle.dumps(ended)
+        pickle.loads(content)
+        return content
+    except Exception:
+        error: Any = ended._return_value
+        ended.return_value = RunError(f"{type(error).__name__}: {error}")
+        return cloudpickle.dumps(ended)
