@@ -16,7 +16,7 @@ TRAIN = "experiments/train.py"
 DIGITS = "experiment=demo/resnet_digits"
 SHORT = ["model.width=8", "trainer.epochs=null", "trainer.steps=6", "trainer.eval_every=3",
          "trainer.threads=1", "logger=none"]  # fmt: skip
-ONE_BY_ONE = "hydra.launcher.n_jobs=1"
+ONE_BY_ONE = "hydra/launcher=basic"
 
 
 @pytest.fixture

@@ -95,13 +95,13 @@ def test_a_killed_multirun_does_only_what_is_missing_and_the_same_anywhere(
     done_before = rows(tmp_path / "runs")
     assert 1 <= len(done_before) < 4, (tmp_path / "log").read_text()
 
-    again = run_program(TRAIN, *SWEEP, *places, *longer, "hydra.launcher.n_jobs=1")
+    again = run_program(TRAIN, *SWEEP, *places, *longer, "hydra/launcher=basic")
     assert again.code == 0, again.err
     assert again.err.count("already complete") == len(done_before)
 
     # In another order, one after the other, in one process.
     backwards = ["-m", DIGITS, *SHORT, "optimizer.p=1.5,0.5", "optimizer.lr=1e-2,1e-3"]
-    one = ["hydra.launcher.n_jobs=1", f"runs_dir={tmp_path / 'other'}", "logger=none"]
+    one = ["hydra/launcher=basic", f"runs_dir={tmp_path / 'other'}", "logger=none"]
     assert run_program(TRAIN, *backwards, *longer, *one).code == 0
     assert rows(tmp_path / "runs") == rows(tmp_path / "other")
 
@@ -130,7 +130,7 @@ def test_a_failing_run_is_recorded_and_tried_again(run_program, places, tmp_path
         raise RuntimeError("out of memory\nwith details")
 
     monkeypatch.setattr(ResNet18, "forward", fail_once)
-    sweep = [*SWEEP, *places, "hydra.launcher.n_jobs=1"]
+    sweep = [*SWEEP, *places, "hydra/launcher=basic"]
     first = run_program(TRAIN, *sweep)
     assert first.code == 2
     assert "failed: RuntimeError: out of memory" in first.err
@@ -169,7 +169,7 @@ def test_a_run_is_done_once_at_a_time(run_program, places, tmp_path):
     thread = threading.Thread(target=hold)
     thread.start()
     held.wait()
-    sweep = run_program(TRAIN, "-m", DIGITS, *SHORT, *places, "hydra.launcher.n_jobs=1")
+    sweep = run_program(TRAIN, "-m", DIGITS, *SHORT, *places, "hydra/launcher=basic")
     assert sweep.code == 0
     assert "left to the process that is doing it" in sweep.err
     assert not path.exists()

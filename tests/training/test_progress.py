@@ -29,5 +29,10 @@ def test_a_run_that_was_complete_already_tells_no_time(third_of_sixty):
     assert sweep_position() == "[3/60] "
 
 
+def test_other_launchers_do_not_say_how_many_runs_there_are(third_of_sixty, monkeypatch):
+    monkeypatch.delenv(TOTAL)
+    assert sweep_position(SIX_MINUTES) == "[3] "
+
+
 def test_a_single_run_has_no_position():
     assert sweep_position(SIX_MINUTES) == ""

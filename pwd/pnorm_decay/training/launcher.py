@@ -25,6 +25,7 @@ import signal
 import threading
 from collections.abc import Sequence
 from dataclasses import dataclass
+from multiprocessing import resource_tracker
 from typing import Any
 
 import cloudpickle
@@ -97,6 +98,7 @@ class Worker:
         context.set_forkserver_preload([__name__])
         self.connection, its_end = context.Pipe()
         self.process = context.Process(target=_work, args=(its_end,))
+        resource_tracker.ensure_running()  # first, because its start lets the signals through
         with stopping.postponed():  # in the new process until it can save
             self.process.start()
         its_end.close()

@@ -55,16 +55,19 @@ def sweep_workers() -> int:
 
 
 def sweep_position(run_seconds: float | None = None) -> str:
-    """This run's place in its sweep, as "[3/60, 2:10 left] ".
+    """This run's place in its sweep, as "[3/60, 2:10 left] "; "[3] " from other launchers.
 
     Args:
         run_seconds: what this run took; if given, the time that the runs after it will take if
             they are like it. (Not the time since the sweep began: that says little where some of
             its runs were complete already.)
     """
-    if not in_sweep() or TOTAL not in os.environ:
+    if not in_sweep():
         return ""
-    done, total = HydraConfig.get().job.num + 1, int(os.environ[TOTAL])
+    done = HydraConfig.get().job.num + 1
+    if TOTAL not in os.environ:
+        return f"[{done}] "
+    total = int(os.environ[TOTAL])
     if run_seconds is None:
         return f"[{done}/{total}] "
     minutes, seconds = divmod(round(run_seconds * (total - done) / sweep_workers()), 60)
