@@ -85,7 +85,7 @@ def kill(process: subprocess.Popen[bytes], folder: Path, draw: random.Random) ->
         return None
     except subprocess.TimeoutExpired:
         process.send_signal(how)
-    process.wait(30)
+    process.wait()
     checkpoint = one(folder, CHECKPOINT_FILE)
     if checkpoint is not None and draw.random() < SHARE_DAMAGED:
         content = checkpoint.read_bytes()

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from hypothesis import HealthCheck, settings
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 SHARED_DATA = Path(os.environ.get("PNORM_SHARED_DATA", REPOSITORY.parent / "shared" / "data"))
@@ -22,6 +23,10 @@ SHORT = [
     "trainer.eval_every=3",
     "trainer.threads=1",  # the suite's processes share the cores
 ]
+
+# An example may take as long as it takes: the machine may be busy.
+settings.register_profile("busy", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("busy")
 
 
 @pytest.fixture(autouse=True, scope="session")

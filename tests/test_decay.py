@@ -152,7 +152,7 @@ def objective(x: np.ndarray, v: float, p: float, step: float) -> np.ndarray:
     return (x - v) ** 2 / 2 + step * np.abs(x) ** p / p
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(
     st.floats(-10, 10, allow_subnormal=False),
     st.floats(0.05, 2),

@@ -30,7 +30,7 @@ def train(model, pruning, optimizer, steps, begin=0):
         optimizer.zero_grad()
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(
     st.floats(0, 1, exclude_max=True),
     st.sampled_from(["layer", "global"]),

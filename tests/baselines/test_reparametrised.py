@@ -51,7 +51,7 @@ def trained(method, steps=300, weight_decay=0.3):
     return model.eval()
 
 
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=20)
 @given(st.integers(2, 5), st.floats(1e-3, 10), st.integers(0, 1000))
 def test_factors_start_with_the_weights_variance_and_away_from_zero(factors, scale, seed):
     torch.manual_seed(seed)
@@ -79,7 +79,7 @@ def test_decay_on_the_factors_is_the_penalty_of_p_2_over_k():
         assert halves.item() == pytest.approx((w**p / p).item())
 
 
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 @given(
     st.floats(-2, 2),
     st.sampled_from([3, 5, 9]),

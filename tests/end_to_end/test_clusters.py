@@ -25,7 +25,7 @@ SWEEP = [
     "optimizer.p=0.5,1.5",
 ]
 LAUNCHERS = {
-    "submitit": ["hydra/launcher=submitit_local", "hydra.launcher.timeout_min=5"],
+    "submitit": ["hydra/launcher=submitit_local", "hydra.launcher.timeout_min=600"],
     "ray": [
         "hydra/launcher=ray",
         "+hydra.launcher.ray.init.num_cpus=2",
