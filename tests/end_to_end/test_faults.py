@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import signal
@@ -9,7 +10,9 @@ import subprocess
 import sys
 import threading
 import time
+import weakref
 from pathlib import Path
+from typing import Any
 
 import pytest
 from filelock import FileLock
@@ -125,15 +128,24 @@ def test_a_terminated_multirun_saves_in_every_worker(places, tmp_path):
 def test_a_failing_run_is_recorded_and_tried_again(run_program, places, tmp_path, monkeypatch):
     original = ResNet18.forward
 
+    def next_one(self, images):
+        assert failed() is None  # nothing of the run that failed is left in memory
+        return original(self, images)
+
     def fail_once(self, images):
-        monkeypatch.setattr(ResNet18, "forward", original)
+        nonlocal failed
+        failed = weakref.ref(self)
+        monkeypatch.setattr(ResNet18, "forward", next_one)
         raise RuntimeError("out of memory\nwith details")
+
+    failed: Any = None
 
     monkeypatch.setattr(ResNet18, "forward", fail_once)
     sweep = [*SWEEP, *places, "hydra/launcher=basic"]
     first = run_program(TRAIN, *sweep)
     assert first.code == 2
     assert "failed: RuntimeError: out of memory" in first.err
+    assert gc.get_freeze_count() == 0
     assert "failure.json" in first.err.splitlines()[-1]
     status = [row["status"] for row in rows(tmp_path / "runs").values()]
     assert sorted(status) == ["failed", "finished", "finished", "finished"]

@@ -16,6 +16,7 @@ from conftest import REPOSITORY, SHORT
 from pnorm_decay import records
 from pnorm_decay.data import Digits
 from pnorm_decay.models import ResNet18
+from pnorm_decay.training import run
 
 TRAIN = "experiments/train.py"
 DIGITS = "experiment=demo/resnet_digits"
@@ -75,6 +76,19 @@ def test_the_same_run_gives_the_same_metrics(run_program, tmp_path):
     timing = {"seconds", "finished_at"}
     for key in records.COLUMNS.keys() - timing:
         assert first["record"][key] == second["record"][key], key
+
+
+def test_the_commit_of_a_record_is_that_of_its_beginning(run_program, places, monkeypatch):
+    setup, known = Digits.setup, []
+
+    def look(self, device):
+        known.append(run.git_commit.cache_info().currsize)
+        setup(self, device)
+
+    monkeypatch.setattr(Digits, "setup", look)
+    run.git_commit.cache_clear()
+    assert run_program(TRAIN, DIGITS, *SHORT, *places, "logger=none").code == 0
+    assert known == [1]
 
 
 def test_a_text_run(run_program, places, tmp_path):

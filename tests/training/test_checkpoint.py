@@ -9,6 +9,8 @@ from torch import nn
 
 from pnorm_decay.training import checkpoint
 
+CPU = torch.device("cpu")
+
 
 @pytest.fixture
 def path(tmp_path):
@@ -83,8 +85,28 @@ def test_every_random_generator_goes_on_where_it_was(path):
         return [random.random(), np.random.rand(), np.random.randn(), *dropped]
 
     np.random.randn()  # half of a pair: the generator holds the other half
-    checkpoint.save(path, {"random": checkpoint.random_state()})
+    checkpoint.save(path, {"random": checkpoint.random_state(CPU)})
     expected = draw()
     draw()
-    checkpoint.set_random_state(checkpoint.load(path)["random"])
+    checkpoint.set_random_state(checkpoint.load(path)["random"], CPU)
     assert draw() == expected
+
+
+@pytest.mark.parametrize("before", [False, True], ids=["now", "a state of every GPU, as before"])
+def test_a_run_takes_its_own_gpus_generator_to_another_gpu(monkeypatch, before):
+    generators = {number: torch.tensor([number], dtype=torch.uint8) for number in range(4)}
+    monkeypatch.setattr(torch.cuda, "get_rng_state", lambda device: generators[device.index])
+    state = checkpoint.random_state(torch.device("cuda", 2))
+    assert state["cuda"] is generators[2]
+    if before:
+        state["cuda"] = list(generators.values())
+    restored = {}
+
+    def restore(state: torch.Tensor, device: torch.device) -> None:
+        restored[device.index] = int(state)
+
+    monkeypatch.setattr(torch.cuda, "set_rng_state", restore)
+    checkpoint.set_random_state(state, torch.device("cuda", 1))
+    assert restored == {1: 1 if before else 2}
+    checkpoint.set_random_state(state, CPU)
+    assert restored == {1: 1 if before else 2}

@@ -71,11 +71,11 @@ def test_precision_follows_the_hardware():
         TrainerSettings(steps=1, precision="fp16").resolve_precision(cpu)
 
 
-def test_each_worker_of_a_sweep_has_a_gpu(monkeypatch):
+def test_each_process_of_a_run_has_a_gpu(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     settings = TrainerSettings(steps=1)
-    assert [settings.resolve_device(worker).index for worker in (0, 5, 6)] == [0, 1, 0]
-    monkeypatch.setenv("LOCAL_RANK", "1")  # of a run with several processes
-    assert settings.resolve_device(0) == torch.device("cuda", 1)
-    assert TrainerSettings(steps=1, device="cpu").resolve_device(1) == torch.device("cpu")
+    assert settings.resolve_device() == torch.device("cuda", 0)
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    assert settings.resolve_device() == torch.device("cuda", 1)
+    assert TrainerSettings(steps=1, device="cpu").resolve_device() == torch.device("cpu")

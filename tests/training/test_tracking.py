@@ -40,6 +40,13 @@ def test_histogram_counts_every_decayed_weight_in_its_bin():
     assert within.tolist() == [2]
 
 
+def test_the_histogram_counts_more_weights_than_float32_can():
+    model = nn.Linear(2**12, 2**12 + 1, bias=False, device="meta").to_empty(device="cpu")
+    nn.init.constant_(model.weight, 0.5)
+    counts, _ = log_weight_histogram(model)
+    assert counts.sum() == counts.max() == 2**24 + 2**12
+
+
 def test_history_goes_to_csv_and_to_wandb_and_the_run_is_closed(tmp_path):
     row = {"step": 1, "lr": 0.1, "val_accuracy": 50.0}
     with tracker(tmp_path) as log:

@@ -92,22 +92,29 @@ def save_model(path: Path, model: nn.Module) -> None:
         torch.save(model.state_dict(), file)
 
 
-def random_state() -> dict[str, Any]:
-    """The state of every global random generator: Python's, NumPy's, torch's on each device."""
+def random_state(device: torch.device) -> dict[str, Any]:
+    """The state of every random generator of a run: Python's, NumPy's, torch's.
+
+    Args:
+        device: what the run works on. The other GPUs' generators are other runs'.
+    """
     _, keys, *rest = np.random.get_state(legacy=True)
     return {
         "python": random.getstate(),
         "numpy": (torch.from_numpy(np.asarray(keys, dtype=np.int64)), *rest),
         "cpu": torch.get_rng_state(),
-        "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
+        "cuda": torch.cuda.get_rng_state(device) if device.type == "cuda" else None,
     }
 
 
-def set_random_state(state: dict[str, Any]) -> None:
-    """Restores what ``random_state`` gave."""
+def set_random_state(state: dict[str, Any], device: torch.device) -> None:
+    """Restores what ``random_state`` gave, also where the run now works on another GPU."""
     random.setstate(state["python"])
     keys, *rest = state["numpy"]
     np.random.set_state(("MT19937", keys.numpy().astype(np.uint32), *rest))
     torch.set_rng_state(state["cpu"])
-    if state["cuda"] and torch.cuda.is_available():
-        torch.cuda.set_rng_state_all(state["cuda"])
+    cuda = state["cuda"]
+    if isinstance(cuda, list):  # of an older version: every GPU's
+        cuda = cuda[device.index or 0] if len(cuda) > (device.index or 0) else None
+    if cuda is not None and device.type == "cuda":
+        torch.cuda.set_rng_state(cuda, device)

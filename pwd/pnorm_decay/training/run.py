@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import gc
 import hashlib
 import json
 import platform
@@ -14,6 +15,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from accelerate import Accelerator
 from accelerate.utils import set_seed
@@ -85,6 +87,7 @@ def run(cfg: DictConfig) -> dict[str, Any] | None:
     """
     config: dict[str, Any] = OmegaConf.to_container(cfg, resolve=True)  # type: ignore[assignment]
     name = run_name(config)
+    git_commit()  # of the code that this process has loaded, whatever becomes of the files
     try:
         return _run(config, name)
     except Exception as error:
@@ -92,6 +95,8 @@ def run(cfg: DictConfig) -> dict[str, Any] | None:
             cause = error.__cause__ if isinstance(error, RunError) else error
             kind = "" if isinstance(cause, ConfigError | DataError) else f"{type(cause).__name__}: "
             console.print(f"{sweep_position()}{name}: failed: {kind}{cause}", style="red")
+            forget_frames(error)
+            raise error
         raise
 
 
@@ -160,6 +165,7 @@ def do(
     example = place(data.train_batch(0, 2, config["seed"])[0], settings.channels_last)
     pruning.setup(model, example, steps=steps, warmup=schedule.warmup(steps, per_epoch))
     optimizer = build_optimizer(config, model)
+    seed_process(config["seed"], accelerator.process_index)
     decay_schedulers = decay_schedule.attach(optimizer, steps)
 
     with Tracker(
@@ -205,6 +211,12 @@ def do(
     return record
 
 
+def seed_process(seed: int, process: int) -> None:
+    """Gives each further process of a run random numbers of its own, for its dropout masks."""
+    if process:  # the first goes on like the only one of a run
+        set_seed(int(np.random.SeedSequence((seed, process)).generate_state(1)[0]))
+
+
 @contextlib.contextmanager
 def claimed(path: Path, accelerator: Accelerator) -> Iterator[bool]:
     """Keeps other processes from doing the same run at the same time.
@@ -236,6 +248,15 @@ def claimed(path: Path, accelerator: Accelerator) -> Iterator[bool]:
         yield True
     finally:
         lock.release()
+
+
+def forget_frames(error: BaseException | None) -> None:
+    """Lets go of what an error's frames hold: the memory that the next run may need."""
+    while error is not None:
+        error.__traceback__ = None
+        error = error.__cause__ or error.__context__
+    gc.collect()
+    torch.cuda.empty_cache()
 
 
 def record_lost(cfg: DictConfig, *, cause: ProcessDiedError) -> None:

@@ -29,6 +29,7 @@ METRICS_FILE = "metrics.csv"
 WEIGHTS_FILE = "weights.csv"
 LOG_WEIGHT_RANGE = (-20.0, 2.0)  # of log10|w|; exact zeros and smaller weights: the first bin
 LOG_WEIGHT_BINS = 88  # four a decade
+LARGEST_COUNT = 2**24  # that torch.histc is exact to: it counts in float32
 MODES = ("offline", "online", "disabled")
 
 Row = dict[str, Any]  # of numbers
@@ -44,7 +45,8 @@ def log_weight_histogram(model: nn.Module) -> tuple[np.ndarray, np.ndarray]:
     counts = torch.zeros(LOG_WEIGHT_BINS, dtype=torch.float64)
     for _, weight in split_decayed(model)[0]:
         logs: Tensor = weight.detach().float().abs().log10().clamp(low, high)
-        counts += torch.histc(logs, LOG_WEIGHT_BINS, low, high).double().cpu()
+        for part in logs.flatten().split(LARGEST_COUNT):
+            counts += torch.histc(part, LOG_WEIGHT_BINS, low, high).double().cpu()
     return counts.long().numpy(), np.linspace(low, high, LOG_WEIGHT_BINS + 1)
 
 

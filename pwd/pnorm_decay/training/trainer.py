@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import gc
 import math
 import platform
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -17,6 +18,7 @@ import torch
 import torch.nn.functional as F
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState, GradientState
+from accelerate.utils import gather_object
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
@@ -34,7 +36,7 @@ from pnorm_decay.training.tracking import Row, Tracker
 LOSS_BATCHES = 4
 RECALIBRATION_BATCHES = 50
 M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # of glibc's malloc.h
-STEPS_BETWEEN_AGREEMENTS = 10  # of several processes on whether to stop
+STEPS_BETWEEN_AGREEMENTS = 10  # of several processes on whether to stop or to save
 ACCELERATE_PRECISION = {"fp32": "no", "bf16": "bf16", "fp16": "fp16"}
 
 
@@ -76,6 +78,19 @@ def prepare_process(threads: int) -> None:
         libc = ctypes.CDLL(None)
         libc.mallopt(M_MMAP_MAX, 0)
         libc.mallopt(M_TRIM_THRESHOLD, 2**31 - 1)
+
+
+@contextlib.contextmanager
+def imports_set_aside() -> Iterator[None]:
+    """Has the garbage collector pass over what there is now, until the block ends, however.
+
+    Every now and then a step would wait while all that was imported is searched.
+    """
+    gc.freeze()
+    try:
+        yield
+    finally:
+        gc.unfreeze()
 
 
 def cross_entropy(logits: Tensor, targets: Tensor, reduction: str = "mean") -> Tensor:
@@ -237,28 +252,29 @@ def train(
     if state is not None:
         for name, part in parts.items():
             part.load_state_dict(state[name])
-        checkpoint.set_random_state(state["random"])
-        loss_sum.copy_(state["loss_sum"])
+        loss_sum.copy_(restore_own(state, accelerator))
         step, last_evaluation = state["step"], state["last_evaluation"]
         lr, seconds_before = state["lr"], state["seconds"]
         lambda_p = state.get("lambda_p")
 
     def save_checkpoint() -> None:
         state = {name: part.state_dict() for name, part in parts.items()}
-        state |= {"step": step, "last_evaluation": last_evaluation, "loss_sum": loss_sum}
+        state |= {"step": step, "last_evaluation": last_evaluation}
         state |= {"lr": lr, "lambda_p": lambda_p}
         state["seconds"] = seconds_before + time.monotonic() - start
-        state["random"] = checkpoint.random_state()
+        own = {"loss_sum": loss_sum.cpu(), "random": checkpoint.random_state(accelerator.device)}
+        state["processes"] = gather_object([own])
+        if not accelerator.is_main_process:
+            return
         try:
             checkpoint.save(checkpoint_path, state)
         except OSError as error:  # a full disk must not end a run that could still finish
             console.print(f"warning: no checkpoint written: {error}", style="yellow")
 
-    gc.freeze()  # or every now and then a step would wait while all that was imported is searched
     reason = None
     start = saved = time.monotonic()
     model.train()
-    with training_progress(accelerator.is_main_process) as bar:
+    with imports_set_aside(), training_progress(accelerator.is_main_process) as bar:
         task = bar.add_task("training", total=steps, completed=step, **shown(tracker, target))
         while True:
             if step != last_evaluation and (step % eval_every == 0 or step == steps):
@@ -308,15 +324,14 @@ def train(
             step += 1
             bar.update(task, completed=step)
 
-            stop = should_stop(accelerator, step)
-            if stop or time.monotonic() - saved > 60 * settings.checkpoint_minutes:
-                if accelerator.is_main_process:
-                    save_checkpoint()
+            due = time.monotonic() - saved > 60 * settings.checkpoint_minutes
+            stop, due = agreed(accelerator, step, stopping.requested(), due)
+            if stop or due:
+                save_checkpoint()
                 saved = time.monotonic()
             if stop:
                 raise stopping.Stopped
 
-    gc.unfreeze()
     plain_model = pruning.plain_model()
     metrics: dict[str, Any] = {"steps": steps, "params_decayed": decayed_count(plain_model)}
     metrics["seconds"] = seconds_before + time.monotonic() - start
@@ -341,14 +356,37 @@ def train(
     return Outcome("finished", metrics)
 
 
-def should_stop(accelerator: Accelerator, step: int) -> bool:
-    """Whether to save and stop after this step; all processes of a run say the same."""
+def agreed(accelerator: Accelerator, step: int, *asked: bool) -> list[bool]:
+    """What any process of a run asks for after this step; all processes get the same answer."""
     if accelerator.num_processes == 1:
-        return stopping.requested()
+        return list(asked)
     if step % STEPS_BETWEEN_AGREEMENTS:
-        return False
-    asked = torch.tensor(float(stopping.requested()), device=accelerator.device)
-    return bool(accelerator.reduce(asked, "sum"))
+        return [False] * len(asked)
+    wanted = torch.tensor(asked, dtype=torch.float32, device=accelerator.device)
+    return (accelerator.reduce(wanted, "sum") > 0).tolist()
+
+
+def restore_own(state: dict[str, Any], accelerator: Accelerator) -> Tensor:
+    """Restores this process's random state from a checkpoint.
+
+    Returns:
+        This process's sum of losses since the last evaluation, a scalar. Where the run had another
+        number of processes, the mean of theirs; the random state then stays, and with dropout the
+        run does not end with the same bits.
+    """
+    # One process of an older version saved it so.
+    own = state.get("processes") or [{key: state[key] for key in ("loss_sum", "random")}]
+    if len(own) != accelerator.num_processes:
+        if accelerator.is_main_process:
+            console.print(
+                f"warning: the run had {len(own)} processes, now {accelerator.num_processes}: "
+                "dropout draws anew",
+                style="yellow",
+            )
+        return torch.stack([process["loss_sum"] for process in own]).mean(0)
+    mine = own[accelerator.process_index]
+    checkpoint.set_random_state(mine["random"], accelerator.device)
+    return mine["loss_sum"]
 
 
 def shown(tracker: Tracker, target: str) -> dict[str, Any]:
