@@ -29,11 +29,17 @@ def collect(runs: Path, results: Path, scale: str | None) -> list[Path]:
 
     A row of a run that is recorded already is replaced; the rows of other runs stay. At demo
     scale they go: a demo sweep is done again on every machine, and its rows are its own.
+
+    Raises:
+        RecordError: a result or a results file is broken; nothing is written.
     """
     rows = defaultdict(list)
     for run_scale, name, result in records.recorded_runs(runs):
         if scale in (None, run_scale):
             rows[run_scale, name].append(result["record"])
+    for run_scale, name in rows:  # before anything is written
+        if (path := results / run_scale / f"{name}.csv").exists():
+            records.read(path)
     written = []
     for (run_scale, name), these in rows.items():
         path = results / run_scale / f"{name}.csv"
@@ -61,7 +67,7 @@ def keep_weights(runs: Path, frame: pd.DataFrame, folder: Path) -> None:
     for run_id in ranked.drop_duplicates("p")["run_id"]:
         of_run = runs / run_id / WEIGHTS_FILE
         if of_run.exists():
-            history = pd.read_csv(of_run)
+            history = records.read_table(of_run)
             owner = pd.Series(run_id, index=history.index, name="run_id")
             kept.append(pd.concat([owner, history], axis="columns"))
         elif earlier is not None:

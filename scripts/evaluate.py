@@ -82,7 +82,7 @@ def recorded(path: Path) -> pd.DataFrame:
     """The evaluations that a CSV file holds, none where there is no file."""
     if not path.exists():
         return pd.DataFrame(columns=COLUMNS)
-    return pd.read_csv(path, dtype={"run_id": str})
+    return records.read_numbers(path, texts=["run_id", "precision"])
 
 
 def is_recorded(path: Path, result: dict[str, Any], precision: str) -> bool:

@@ -1,16 +1,18 @@
 from __future__ import annotations
 
+import csv
+
 import pandas as pd
 import pytest
 
-from figures.made_up import frame, run
 from pnorm_decay import records
 from pnorm_decay.records import COLUMNS, RecordError
 
 
 def record(run_id: str, **values: object) -> dict[str, object]:
     row: dict[str, object] = dict.fromkeys(COLUMNS)
-    return row | {"run_id": run_id, "method": "pwd", "p": 0.5, "seed": 0} | values
+    row |= {"run_id": run_id, "method": "pwd", "p": 0.5, "seed": 0, "status": "finished"}
+    return row | values
 
 
 def test_rows_survive_the_file(tmp_path):
@@ -72,7 +74,7 @@ def test_bad_files_are_named(tmp_path):
     records.write(tmp_path / "wrong.csv", pd.DataFrame([record("a", lr=1.0)]))
     text = (tmp_path / "wrong.csv").read_text().replace(",1.0,", ",much,")
     (tmp_path / "wrong.csv").write_text(text)
-    with pytest.raises(RecordError, match="wrong type"):
+    with pytest.raises(RecordError, match=r"wrong\.csv, line 2: lr=much: must be a number"):
         records.read(tmp_path / "wrong.csv")
     (tmp_path / "result.json").write_text('{"record": ')
     with pytest.raises(RecordError, match="not valid JSON"):
@@ -81,54 +83,114 @@ def test_bad_files_are_named(tmp_path):
         records.write_result(tmp_path, {"record": {"run_id": "a"}})
 
 
-def settings(*pairs):
-    columns = ["val_accuracy_first", "sparsity_first"]
-    return pd.DataFrame(pairs, columns=columns).assign(val_accuracy=0.0)
+def with_line(number, line):
+    """A results file of two runs with another line in place of one of its lines."""
+
+    def change(text: str) -> bytes:
+        lines = text.splitlines()
+        lines[number - 1 : number] = [line]
+        return ("\n".join(lines) + "\n").encode()
+
+    return change
 
 
-def test_best_is_the_most_accurate_of_those_that_are_sparse_enough():
-    of = settings((90.0, 0.1), (80.0, 0.89995), (80.0, 0.95), (70.0, 0.99))
-    assert records.best(of).index.tolist() == [0]
-    assert records.best(of, at_least=0.9).index.tolist() == [2]  # of two alike the sparser
-    assert records.best(of.drop(2), at_least=0.9).index.tolist() == [1]  # 0.9 to rounding
-    assert records.best(of, at_least=0.995).empty
+def with_value(name, value):
+    def change(text: str) -> bytes:
+        rows = list(csv.DictReader(text.splitlines()))
+        rows[1][name] = value
+        return pd.DataFrame(rows).to_csv(index=False).encode()
+
+    return change
 
 
-def test_worth_repeating():
-    rows = [
-        run("adamw", lr=1e-3, accuracy=94.0, sparsity=0.0, run_id="adamw"),
-        run("adamw", lr=1e-2, accuracy=93.0, sparsity=0.0),
-        run("adamw", lr=1e-2, accuracy=99.0, sparsity=0.0, seed=1),
-        run(p=0.5, accuracy=93.0, sparsity=0.2, run_id="best of 0.5"),
-        run(p=0.5, accuracy=91.0, sparsity=0.82, run_id="0.5 at 0.8"),
-        run(p=0.5, accuracy=90.0, sparsity=0.92, run_id="0.5 at 0.9"),
-        run(p=0.5, accuracy=89.0, sparsity=0.93),
-        run(p=0.5, accuracy=70.0, sparsity=0.999, run_id="0.5 at 0.99"),
-        run(p=0.5, accuracy=None),
-        run(p=1.5, accuracy=95.0, sparsity=0.0, run_id="best of 1.5"),
-        run("magnitude", accuracy=92.0, sparsity=0.5, run_id="best of magnitude"),
-        run("magnitude", accuracy=80.0, sparsity=0.899999, run_id="magnitude at 0.9"),
-        run("l1", accuracy=92.0, sparsity=0.1, run_id="best of l1"),
-        run("l1", accuracy=82.0, sparsity=0.95, run_id="l1 at 0.8 and 0.9"),
-    ]
-    named = {row["run_id"] for row in rows if not row["run_id"].startswith("run")}
-    assert records.worth_repeating(frame(rows)) == named
+def conflict(text: str) -> bytes:
+    header, first, second = text.splitlines()
+    return "\n".join([header, "<<<<<<< HEAD", first, "=======", second, ">>>>>>> b", ""]).encode()
 
 
-def test_worth_repeating_at_targets():
-    def told(method, target, accuracy, run_id="other", **others):
-        where = {"target_sparsity": target, "sparsity": 0.7}
-        return run(method, accuracy=accuracy, run_id=run_id, **where, **others)
+# What is done to a results file, and what the one line says of it.
+BROKEN = {
+    "a merge conflict": (conflict, "line 2: 1 values, but the table has 25 columns"),
+    "a cut row": (lambda text: text[: text.rindex(",9") + 2].encode(), "line 3: "),
+    "a cut last value": (lambda text: text[:-2].encode(), "line 3: it ends within the line"),
+    "no run": (with_value("run_id", ""), "line 3: there is no run_id"),
+    "no method": (with_value("method", ""), "line 3: there is no method"),
+    "no status": (with_value("status", ""), "line 3: there is no status"),
+    "another status": (with_value("status", "done"), "line 3: status=done: must be one of finish"),
+    "accuracy of inf": (with_value("val_accuracy", "inf"), "line 3: val_accuracy=inf: must be a"),
+    "accuracy of 101": (with_value("val_accuracy", "101"), "val_accuracy=101: must be a number f"),
+    "loss of nan": (with_value("val_loss", "nan"), "line 3: val_loss=nan: must be a number"),
+    "sparsity of -1": (with_value("sparsity", "-1"), "line 3: sparsity=-1: must be a number from"),
+    "half a seed": (with_value("seed", "0.5"), "line 3: seed=0.5: must be a whole number"),
+    "no number": (with_value("lr", "much"), "line 3: lr=much: must be a number"),
+    "a run twice": (with_value("run_id", "a"), "line 3: run a is in line 2 too"),
+    "an open quote": (with_line(3, '"b'), "line 3: "),
+    "a column twice": (with_line(1, "run_id,run_id"), "line 1: two columns have one name"),
+    "Latin-1": (lambda text: text.replace("pwd", "pwé").encode("latin-1"), "is not UTF-8 text"),
+    "UTF-16": (lambda text: text.encode("utf-16"), "is not UTF-8 text"),
+    "nothing": (lambda text: b"", "is empty"),
+}
 
-    rows = [
-        told("pwd_target", 0.5, 93.0, "pwd at 0.5"),
-        told("pwd_target", 0.9, 91.0, "pwd at 0.9"),
-        told("pwd_target", 0.9, 90.0, lr=1e-2),
-        told("pwd_target", 0.9, 99.0, seed=1),
-        told("magnitude", 0.9, 80.0),
-        told("magnitude_global", 0.9, 81.0, "IMP at 0.9"),
-    ]
-    chosen = records.worth_repeating(frame(rows[:4]))
-    assert chosen == {"pwd at 0.5", "pwd at 0.9"}
-    assert records.best_at_target(frame(rows[4:]))["run_id"].tolist() == ["IMP at 0.9"]
-    assert "IMP at 0.9" in records.worth_repeating(frame(rows))
+
+@pytest.mark.parametrize("name", BROKEN)
+def test_a_broken_results_file_is_one_line_and_stays_as_it_is(run_program, tmp_path, name):
+    change, message = BROKEN[name]
+    path = tmp_path / "results" / "cpu" / "digits.csv"
+    rows = [record(run_id, val_accuracy=91.5, val_precision="fp32") for run_id in "ab"]
+    rows = [row | {"val_accuracy_recalibrated": 91.25} for row in rows]
+    records.write(path, pd.DataFrame(rows))
+    path.write_bytes(change(path.read_text()))
+    before = path.read_bytes()
+    for other in ("cpu/digits/c", "cpu/aaa/d"):
+        folder = tmp_path / "runs" / other
+        records.write_result(folder, {"record": record(folder.name)})
+    results = ["--results", str(tmp_path / "results")]
+    for program in (["collect.py", "--runs", str(tmp_path / "runs")], ["plot.py"], ["tables.py"]):
+        done = run_program(f"scripts/{program[0]}", *program[1:], *results)
+        said = (done.out + done.err).splitlines()
+        assert done.code == 2
+        assert len(said) == 1
+        assert said[0].startswith(f"error: {path}")
+        assert message in said[0]
+    assert path.read_bytes() == before
+    assert [file for file in (tmp_path / "results").rglob("*") if file.is_file()] == [path]
+
+
+ODD_RESULTS = {
+    "a list": b"[]",
+    "nothing in it": b"{}",
+    "no record": b'{"record": 1}',
+    "an empty record": b'{"record": {}}',
+    "half": b'{"record": ',
+    "Latin-1": '{"record": {"run_id": "é"}}'.encode("latin-1"),
+    "infinite": b'{"record": {"run_id": "a", "method": "m", "status": "finished", "lr": Infinity}}',
+}
+
+
+@pytest.mark.parametrize("name", ODD_RESULTS)
+def test_an_odd_result_is_one_line(run_program, tmp_path, name):
+    path = tmp_path / "runs" / "cpu" / "digits" / "a" / "result.json"
+    path.parent.mkdir(parents=True)
+    path.write_bytes(ODD_RESULTS[name])
+    places = ["--runs", str(tmp_path / "runs"), "--results", str(tmp_path / "results")]
+    done = run_program("scripts/collect.py", *places)
+    assert done.code == 2
+    assert (done.out + done.err).startswith(f"error: {path}")
+    assert len((done.out + done.err).splitlines()) == 1
+    assert not (tmp_path / "results").exists()
+
+
+def test_columns_that_somebody_added_stay(tmp_path):
+    path = tmp_path / "x.csv"
+    records.write(path, pd.DataFrame([record("a"), record("b")]))
+    lines = path.read_text().splitlines()
+    noted = [f"{line},{note}" for line, note in zip(lines, ("note", "mine", ""), strict=True)]
+    path.write_text("\n".join(noted) + "\n")
+    records.write(path, pd.DataFrame([record("a", lr=1.0), record("c")]))
+    frame = records.read(path)
+    assert dict(zip(frame["run_id"], frame["note"].fillna(""), strict=True)) == {
+        "a": "mine",
+        "b": "",
+        "c": "",
+    }
+    assert frame.loc[frame["run_id"] == "a", "lr"].item() == 1.0

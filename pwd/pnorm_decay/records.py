@@ -6,8 +6,11 @@ figures and tables are made from, and what is committed.
 
 from __future__ import annotations
 
+import csv
+import io
 import json
-from collections.abc import Iterator, Mapping
+import math
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -52,6 +55,17 @@ COLUMNS = {
     "val_accuracy_recalibrated": "float64",
 }
 ADDED = {"val_precision", "val_accuracy_recalibrated"}  # files from before lack them
+REQUIRED = ("run_id", "method", "status")  # of every record
+STATUSES = ("finished", "diverged", "failed")
+PERCENT, FRACTION, POSITIVE = (0.0, 100.0), (0.0, 1.0), (0.0, math.inf)
+RANGES = {
+    **dict.fromkeys(
+        ("p", "lambda_p", "lr", "seed", "steps", "params_decayed", "seconds"), POSITIVE
+    ),
+    **dict.fromkeys(("val_accuracy", "best_val_accuracy", "val_accuracy_zeroed"), PERCENT),
+    "val_accuracy_recalibrated": PERCENT,
+    **dict.fromkeys(("sparsity", "zero_fraction", "target_sparsity"), FRACTION),
+}
 
 
 class RecordError(ValueError):
@@ -78,16 +92,28 @@ def write_failure(run_dir: Path, failure: Mapping[str, Any]) -> None:
 
 
 def read_result(run_dir: Path, file: str = RESULT_FILE) -> dict[str, Any] | None:
-    """The ``result.json`` of a run folder, or None where the run is not complete."""
+    """The ``result.json`` of a run folder, or None where the run is not complete.
+
+    Raises:
+        RecordError: the file cannot be read or holds no record of a run.
+    """
     path = run_dir / file
     try:
-        return json.loads(path.read_text())
+        result = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         return None
-    except json.JSONDecodeError as error:
+    except ValueError as error:  # no JSON, or no UTF-8
         raise RecordError(f"{path} is not valid JSON ({error}); delete it to run again") from None
     except OSError as error:
         raise RecordError(f"cannot read {path}: {error.strerror}") from None
+    record = result.get("record") if isinstance(result, dict) else None
+    if not isinstance(record, dict):
+        raise RecordError(f"{path} holds no record; delete it to run again")
+    try:
+        parse_row({name: "" if value is None else str(value) for name, value in record.items()})
+    except ValueError as error:
+        raise RecordError(f"{path}: {error}; delete it to run again") from None
+    return result
 
 
 def recorded_runs(runs: Path) -> Iterator[tuple[str, str, dict[str, Any]]]:
@@ -98,23 +124,118 @@ def recorded_runs(runs: Path) -> Iterator[tuple[str, str, dict[str, Any]]]:
             yield run_dir.parts[-3], run_dir.parts[-2], result
 
 
-def read(path: Path) -> pd.DataFrame:
-    """A results file as a frame with the types of ``COLUMNS``.
+def read_table(path: Path) -> pd.DataFrame:
+    """A CSV file as text: one row a line, its number (the header's is 1) as the index.
 
     Raises:
-        RecordError: the file is missing, is not a CSV, or lacks a column.
+        RecordError: the file cannot be read, or is not a CSV table of UTF-8 text; with its line.
     """
     try:
-        frame = pd.read_csv(path)
-    except (OSError, pd.errors.ParserError, pd.errors.EmptyDataError) as error:
-        raise RecordError(f"cannot read {path}: {error}") from None
-    missing = COLUMNS.keys() - set(frame.columns) - ADDED
+        text = path.read_bytes().decode("utf-8-sig")
+    except OSError as error:
+        raise RecordError(f"cannot read {path}: {error.strerror or error}") from None
+    except UnicodeDecodeError as error:
+        raise RecordError(f"{path} is not UTF-8 text: {error.reason}") from None
+    if not text:
+        raise RecordError(f"{path} is empty")
+    reader = csv.reader(io.StringIO(text, newline=""), strict=True)
+    lines, rows = [], []
+    try:
+        header = next(reader)
+        if len(set(header)) < len(header):
+            raise RecordError(f"{path}, line 1: two columns have one name")
+        for row in reader:
+            if len(row) != len(header):
+                number = f"{len(row)} values, but the table has {len(header)} columns"
+                raise RecordError(f"{path}, line {reader.line_num}: {number}")
+            lines.append(reader.line_num)
+            rows.append(row)
+    except csv.Error as error:
+        raise RecordError(f"{path}, line {reader.line_num}: {error}") from None
+    if not text.endswith(("\n", "\r")):
+        raise RecordError(f"{path}, line {reader.line_num}: it ends within the line")
+    return pd.DataFrame(rows, columns=header, index=lines, dtype=object)
+
+
+def read_numbers(path: Path, texts: Sequence[str] = ()) -> pd.DataFrame:
+    """A CSV table of numbers; an empty place is NaN.
+
+    Args:
+        path: the file.
+        texts: the columns that hold text instead.
+
+    Raises:
+        RecordError: as of ``read_table``, or a value is no number.
+    """
+    table = read_table(path)
+    numbers: dict[str, list[float]] = {}
+    for name in table.columns.difference(list(texts), sort=False):
+        numbers[name] = []
+        for line, text in table[name].items():
+            try:
+                whole = text.isdecimal()
+                numbers[name].append(int(text) if whole else float(text) if text else math.nan)
+            except ValueError:
+                raise RecordError(f"{path}, line {line}: {name}={text}: no number") from None
+    return table.assign(**numbers).reset_index(drop=True)
+
+
+def parse_row(row: Mapping[str, str]) -> dict[str, Any]:
+    """A record with the types of ``COLUMNS`` from its text; what is empty is None.
+
+    Raises:
+        ValueError: a value is missing, of the wrong type, or one that no run can have.
+    """
+    missing = [name for name in REQUIRED if not row.get(name)]
+    if missing:
+        raise ValueError(f"there is no {', '.join(missing)}")
+    if row["status"] not in STATUSES:
+        raise ValueError(f"status={row['status']}: must be one of {', '.join(STATUSES)}")
+    record: dict[str, Any] = {}
+    for name, kind in COLUMNS.items():
+        text = row.get(name, "")
+        if not text or kind == "string":
+            record[name] = text or None
+            continue
+        low, high = RANGES.get(name, (-math.inf, math.inf))
+        try:
+            value = float(text)
+        except ValueError:
+            value = math.nan
+        whole = kind != "Int64" or value.is_integer()
+        if not (math.isfinite(value) and whole and low <= value <= high):
+            what = "whole number" if kind == "Int64" else "number"
+            within = f" from {low:g} to {high:g}" if name in RANGES else ""
+            raise ValueError(f"{name}={text}: must be a {what}{within}")
+        record[name] = int(value) if kind == "Int64" else value
+    return record
+
+
+def read(path: Path) -> pd.DataFrame:
+    """A results file as a frame with the types of ``COLUMNS``; further columns follow as text.
+
+    Raises:
+        RecordError: the file is missing, is not a CSV, lacks a column, or holds what no run can
+            have; with its line.
+    """
+    table = read_table(path)
+    missing = COLUMNS.keys() - set(table.columns) - ADDED
     if missing:
         raise RecordError(f"{path} lacks the column {', '.join(sorted(missing))}")
-    try:
-        return frame.reindex(columns=list(COLUMNS)).astype(COLUMNS)
-    except (TypeError, ValueError) as error:
-        raise RecordError(f"{path} has a value of the wrong type: {error}") from None
+    rows: list[dict[str, Any]] = []
+    line_of: dict[str, object] = {}
+    for line, values in zip(table.index, table.itertuples(index=False), strict=True):
+        row = dict(zip(table.columns, values, strict=True))
+        try:
+            rows.append(parse_row(row))
+        except ValueError as error:
+            raise RecordError(f"{path}, line {line}: {error}") from None
+        if (first := line_of.setdefault(row["run_id"], line)) != line:
+            raise RecordError(f"{path}, line {line}: run {row['run_id']} is in line {first} too")
+    frame = pd.DataFrame(rows, columns=list(COLUMNS)).astype(COLUMNS)
+    for name in table.columns.difference(list(COLUMNS), sort=False):
+        frame[name] = table[name].replace("", None).astype("string").to_numpy()
+    return frame
 
 
 def write(path: Path, rows: pd.DataFrame, *, keep: bool = True) -> pd.DataFrame:
@@ -126,11 +247,13 @@ def write(path: Path, rows: pd.DataFrame, *, keep: bool = True) -> pd.DataFrame:
         keep: whether rows already in the file, of other runs, stay.
 
     Returns:
-        What the file now holds.
+        What the file now holds; also what somebody added to it in columns of their own.
     """
     frame = rows[list(COLUMNS)].astype(COLUMNS)
-    if keep and path.exists():
-        old = read(path)
+    old = read(path) if path.exists() else frame.head(0)
+    added = old.set_index("run_id")[list(old.columns.difference(list(COLUMNS), sort=False))]
+    frame = frame.join(added, on="run_id")
+    if keep:
         failed = frame["status"].eq("failed").fillna(False)
         frame = frame[~(failed & frame["run_id"].isin(old["run_id"]))]
         frame = pd.concat([old[~old["run_id"].isin(frame["run_id"])], frame])
@@ -138,68 +261,3 @@ def write(path: Path, rows: pd.DataFrame, *, keep: bool = True) -> pd.DataFrame:
     frame = frame.sort_values(order, kind="stable", ignore_index=True)
     write_text(path, frame.to_csv(index=False, lineterminator="\n"))
     return frame
-
-
-# A target of 0.9 is met to one weight, which may leave 0.899999.
-ROUNDING = 1e-4
-
-# Where the best runs are repeated with other seeds, besides the best of all.
-REPEATED_AT = (0.8, 0.9, 0.99)
-
-# Methods that are told their sparsity, and as what they compete at a target.
-TOLD = {
-    "pwd_target": "pWD to a target",
-    "exact_target": "exact step to a target",
-    "magnitude": "IMP",
-    "magnitude_global": "IMP",
-}
-
-
-def best(settings: pd.DataFrame, at_least: float = 0.0) -> pd.DataFrame:
-    """The most accurate of some settings, the sparser one if two are alike.
-
-    It is the first seed that decides, so that the seeds repeated at the chosen setting have no part
-    in the choice, and that the choice does not change with them.
-
-    Args:
-        settings: with the columns ``val_accuracy_first`` and ``sparsity_first``.
-        at_least: only settings whose sparsity reaches this, to 1e-4.
-
-    Returns:
-        One row; none where no setting is sparse enough.
-    """
-    sparse = settings[settings["sparsity_first"] >= at_least - ROUNDING]
-    order = ["val_accuracy_first", "sparsity_first"]
-    return sparse.sort_values(order, ascending=False, kind="stable").head(1)
-
-
-def best_at_target(rows: pd.DataFrame) -> pd.DataFrame:
-    """The most accurate run of seed 0; none if there is none."""
-    first = rows[rows["seed"] == 0]
-    return first.sort_values("val_accuracy", ascending=False, kind="stable").head(1)
-
-
-def worth_repeating(rows: pd.DataFrame) -> set[str]:
-    """The runs of seed 0 whose settings other seeds are to repeat.
-
-    These are the best of every method, and the best at each sparsity of ``REPEATED_AT``; of pWD
-    those of every p. Of the methods that are told their sparsity, they are the best at each target;
-    both kinds of magnitude pruning count as one method there.
-
-    Args:
-        rows: recorded runs of one experiment, see ``COLUMNS``.
-
-    Returns:
-        Their run ids.
-    """
-    done = rows[(rows["status"] == "finished") & (rows["seed"] == 0)]
-    done = done.assign(val_accuracy_first=done["val_accuracy"], sparsity_first=done["sparsity"])
-    group = done["method"].mask(done["method"] == "pwd", "pwd " + done["p"].astype(str))
-    chosen: set[str] = set()
-    told = done[done["method"].isin(TOLD)]
-    for _, runs in told.groupby([told["method"].map(TOLD), "target_sparsity"]):
-        chosen.update(best_at_target(runs)["run_id"])
-    for _, runs in done.groupby(group):
-        for bound in (0.0, *REPEATED_AT):
-            chosen.update(best(runs, bound)["run_id"])
-    return chosen

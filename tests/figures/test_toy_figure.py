@@ -54,9 +54,9 @@ def test_a_weight_that_blew_up_ends_its_line(curves):
     ("text", "message"),
     [
         ("method,step,w\npwd,0,1\n", "lacks the column loss, p, lr, every"),
-        ("", "cannot read"),
+        ("", "is empty"),
         ("method,step,w,loss,p,lr,every\n", "holds no steps"),
-        ("method,step,w,loss,p,lr,every\npwd,0,x,1,1,1,1\n", "wrong type"),
+        ("method,step,w,loss,p,lr,every\npwd,0,x,1,1,1,1\n", "line 2: w=x: no number"),
     ],
 )
 def test_a_bad_file_is_named(tmp_path, text, message):

@@ -18,7 +18,7 @@ def places(tmp_path):
 def finish(tmp_path, scale, run_id):
     folder = tmp_path / "runs" / scale / "digits" / run_id
     folder.mkdir(parents=True)
-    row = dict.fromkeys(COLUMNS) | {"run_id": run_id, "method": "pwd"}
+    row = dict.fromkeys(COLUMNS) | {"run_id": run_id, "method": "pwd", "status": "finished"}
     records.write_result(folder, {"record": row})
     return folder
 

@@ -47,7 +47,7 @@ def test_what_takes_too_long_is_left_out(run_program, tmp_path):
 
 
 def test_a_run_that_cannot_be_done_is_an_error(run_program, tmp_path):
-    row = quickest().assign(lr=-1.0)
+    row = quickest().assign(p=0.0)
     records.write(tmp_path / "demo" / "resnet_digits.csv", row)
     done = run_program("scripts/verify.py", "--results", str(tmp_path))
     assert done.code == 1

@@ -18,7 +18,7 @@ from matplotlib.ticker import FixedLocator, MaxNLocator
 from matplotlib.tri import Triangulation
 from numpy.typing import NDArray
 
-from pnorm_decay import records
+from pnorm_decay import selection
 from pnorm_decay.figures.loading import Experiment, average_seeds, by_p
 from pnorm_decay.figures.style import WIDTH, accuracy_floor, finish, styled
 
@@ -140,7 +140,7 @@ def _draw_plane(ax: Axes, plane: Plane, norm: BoundaryNorm) -> None:
     x, y = _place(plane.settings)
     crossed_x, crossed_y = _place(plane.diverged)
     accuracy = plane.settings["val_accuracy"].to_numpy(dtype=float)
-    chosen = records.best(plane.settings)["val_accuracy"]
+    chosen = selection.best(plane.settings)["val_accuracy"]
     best = f"best {chosen.iloc[0]:.1f}%" if len(chosen) else "all diverged"
     ax.set_title(f"{plane.title}, {best}", pad=4)
     ax.spines[["top", "right"]].set_visible(True)

@@ -10,7 +10,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
-from pnorm_decay import records
+from pnorm_decay import selection
 from pnorm_decay.figures.loading import Experiment, average_seeds, best_adamw, by_p
 from pnorm_decay.figures.pareto import pareto_front
 from pnorm_decay.figures.style import (
@@ -50,7 +50,7 @@ def frontier_figure(experiment: Experiment) -> Figure:
     front of each p; a strong line each for the runs that were steered to a target and for magnitude
     pruning, through the setting that seed 0 chooses at each target; AdamW's best accuracy as a
     dashed line. Right: the accuracy of each of them at a sparsity of at least s, as
-    ``records.best`` chooses it by seed 0. Points are means over seeds, bars standard deviations.
+    ``selection.best`` chooses it by seed 0. Points are means over seeds, bars standard deviations.
     """
     settings = average_seeds(experiment.finished)
     grid = settings[settings["method"] == "pwd"]
@@ -168,7 +168,7 @@ def _draw_at_sparsities(
     ax.set_ylim(bottom, None)
     top = bottom
     for place, (style, settings) in enumerate(contenders.items()):
-        best = [(x, records.best(settings, at_least=s)) for x, s in enumerate(SPARSITIES)]
+        best = [(x, selection.best(settings, at_least=s)) for x, s in enumerate(SPARSITIES)]
         offset = 0.7 * ((place + 0.5) / len(contenders) - 0.5)
         reached = [(x + offset, row) for x, row in best if len(row)]
         if not reached:

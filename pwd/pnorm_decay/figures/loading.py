@@ -10,7 +10,7 @@ import numpy as np
 import pandas as pd
 from numpy.typing import ArrayLike, NDArray
 
-from pnorm_decay import records
+from pnorm_decay import records, selection
 
 SCALES = ("demo", "cpu", "wide", "paper")
 
@@ -143,7 +143,7 @@ def average_seeds(runs: pd.DataFrame, values: Sequence[str] = ()) -> pd.DataFram
     Returns:
         The columns of ``SETTING``; of each value the mean under its name, the sample standard
         deviation under ``<name>_std`` (NaN for one seed) and what the first seed gave under
-        ``<name>_first``, for ``records.best`` to select by; and ``seeds``, their number.
+        ``<name>_first``, for ``selection.best`` to select by; and ``seeds``, their number.
     """
     values = ["val_accuracy", "sparsity", *values]
     # Two runs of one seed differ in something that no column tells: never average them.
@@ -164,5 +164,5 @@ def best_adamw(settings: pd.DataFrame) -> float | None:
     Args:
         settings: of ``average_seeds``.
     """
-    best = records.best(settings[settings["method"] == "adamw"])
+    best = selection.best(settings[settings["method"] == "adamw"])
     return None if best.empty else float(best["val_accuracy"].iloc[0])

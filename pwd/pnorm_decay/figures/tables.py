@@ -8,7 +8,7 @@ from typing import Any
 
 import pandas as pd
 
-from pnorm_decay import records
+from pnorm_decay import selection
 from pnorm_decay.figures.loading import Experiment, average_seeds, by_p, is_finished
 from pnorm_decay.figures.style import method_label
 
@@ -19,7 +19,7 @@ def table1(experiment: Experiment) -> pd.DataFrame:
     """The best accuracy of every method and p, and the best at given sparsities.
 
     Each accuracy is the mean over the seeds of one setting of lambda_p and lr: the best setting
-    of all, or of those whose sparsity reaches the bound, as ``records.best`` selects it: by the
+    of all, or of those whose sparsity reaches the bound, as ``selection.best`` selects it: by the
     first seed, on the data that it is reported on, as in the paper.
 
     Returns:
@@ -31,7 +31,7 @@ def table1(experiment: Experiment) -> pd.DataFrame:
     rows = []
     for (method, p), runs in _by_method_and_p(experiment.finished):
         settings = average_seeds(runs)
-        best = _first_row(records.best(settings))
+        best = _first_row(selection.best(settings))
         row = {
             "method": method,
             "p": p,
@@ -45,7 +45,7 @@ def table1(experiment: Experiment) -> pd.DataFrame:
             "best_sparsity": best["sparsity"],
         }
         for bound in SPARSITIES:
-            top = _first_row(records.best(settings, at_least=bound))
+            top = _first_row(selection.best(settings, at_least=bound))
             row[f"accuracy_at_{bound:g}"] = top.get("val_accuracy", math.nan)
             row[f"accuracy_at_{bound:g}_std"] = top.get("val_accuracy_std", math.nan)
         rows.append(row)

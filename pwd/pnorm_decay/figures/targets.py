@@ -14,11 +14,11 @@ import pandas as pd
 from numpy.typing import ArrayLike
 from scipy.stats import t as student_t
 
-from pnorm_decay import records
+from pnorm_decay import selection
 from pnorm_decay.figures.loading import Experiment
 from pnorm_decay.figures.tables import number, page, with_spread
 
-CONTENDERS = list(dict.fromkeys(records.TOLD.values()))
+CONTENDERS = list(dict.fromkeys(selection.TOLD.values()))
 STEERED = ["pwd_target", "exact_target"]
 REFERENCE = "IMP"  # whose accuracy the others' is compared with
 TRIES = (1, 2, 4)
@@ -65,7 +65,7 @@ def table3(experiment: Experiment) -> pd.DataFrame:
 
 def _contests(finished: pd.DataFrame) -> Iterator[tuple[float, dict[str, pd.DataFrame]]]:
     """The runs of each contender at each target that one of them was steered to."""
-    contender = finished["method"].map(records.TOLD)
+    contender = finished["method"].map(selection.TOLD)
     for target in sorted(
         finished.loc[finished["method"].isin(STEERED), "target_sparsity"].unique()
     ):
@@ -76,7 +76,7 @@ def _contests(finished: pd.DataFrame) -> Iterator[tuple[float, dict[str, pd.Data
 
 def _reported(runs: pd.DataFrame) -> pd.DataFrame:
     """The runs with other seeds of the setting that seed 0 chooses."""
-    chosen = records.best_at_target(runs)[SETTING]
+    chosen = selection.best_at_target(runs)[SETTING]
     same = runs.merge(chosen, on=SETTING)
     return same[same["seed"] != 0].sort_values("seed")
 

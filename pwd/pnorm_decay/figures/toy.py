@@ -9,7 +9,7 @@ import pandas as pd
 from matplotlib.figure import Figure
 
 from pnorm_decay.figures.style import WIDTH, finish, styled
-from pnorm_decay.records import RecordError
+from pnorm_decay.records import RecordError, read_numbers
 
 COLUMNS = ["method", "step", "w", "loss", "p", "lr", "every"]
 
@@ -32,19 +32,13 @@ def read(path: Path) -> pd.DataFrame:
     Raises:
         RecordError: the file cannot be read, lacks a column, or is empty.
     """
-    try:
-        curves = pd.read_csv(path)
-    except (OSError, pd.errors.ParserError, pd.errors.EmptyDataError) as error:
-        raise RecordError(f"cannot read {path}: {error}") from None
+    curves = read_numbers(path, texts=["method"])
     missing = [name for name in COLUMNS if name not in curves.columns]
     if missing:
         raise RecordError(f"{path} lacks the column {', '.join(missing)}")
     if curves.empty:
         raise RecordError(f"{path} holds no steps")
-    try:
-        return curves.astype({name: float for name in COLUMNS if name != "method"})
-    except (TypeError, ValueError) as error:
-        raise RecordError(f"{path} has a value of the wrong type: {error}") from None
+    return curves
 
 
 @styled

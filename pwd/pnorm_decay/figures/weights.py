@@ -13,7 +13,7 @@ from matplotlib.figure import Figure
 
 from pnorm_decay.figures.loading import Experiment
 from pnorm_decay.figures.style import WIDTH, finish, styled
-from pnorm_decay.records import RecordError
+from pnorm_decay.records import RecordError, read_numbers
 
 
 def read(path: Path) -> pd.DataFrame:
@@ -22,10 +22,7 @@ def read(path: Path) -> pd.DataFrame:
     Raises:
         RecordError: the file cannot be read or is not of that kind.
     """
-    try:
-        weights = pd.read_csv(path)
-    except (OSError, pd.errors.ParserError, pd.errors.EmptyDataError) as error:
-        raise RecordError(f"cannot read {path}: {error}") from None
+    weights = read_numbers(path, texts=["run_id"])
     if weights.empty or not {"run_id", "step"} <= set(weights.columns):
         raise RecordError(f"{path} lacks the column run_id or step, or holds no rows")
     return weights

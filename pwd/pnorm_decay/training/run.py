@@ -26,7 +26,7 @@ from omegaconf import DictConfig, OmegaConf
 from torch import nn
 from torch.optim import Optimizer
 
-from pnorm_decay import records
+from pnorm_decay import records, selection
 from pnorm_decay.baselines import Pruning
 from pnorm_decay.data import DataError, Dataset
 from pnorm_decay.optim import split_decayed
@@ -415,7 +415,7 @@ def repeats_a_best_run(config: Mapping[str, Any], label: str) -> bool:
     if not recorded.exists():
         raise ConfigError(f"repeat_best: there are no recorded runs to repeat in {recorded}")
     first = identity({**config, "seed": 0}, label)
-    return first in records.worth_repeating(records.read(recorded))
+    return first in selection.worth_repeating(records.read(recorded))
 
 
 def finished_record(config: Mapping[str, Any], run_dir: Path, run_id: str) -> dict[str, Any] | None:
