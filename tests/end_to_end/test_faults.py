@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import json
 import os
+import resource
 import signal
 import subprocess
 import sys
@@ -216,6 +217,26 @@ def test_a_full_disk_is_one_clear_line_and_loses_nothing(
     assert "error: [Errno 28] No space left on device" in done.err.splitlines()[-1]
     monkeypatch.undo()
     assert rows(tmp_path / "runs") == before
+
+
+def test_a_finished_run_is_recorded_where_there_is_no_room_for_its_network(
+    run_program, places, tmp_path
+):
+    arguments = [DIGITS, *SHORT, *places]
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (30_000, before[1]))  # bytes, of any file
+    try:
+        done = run_program(TRAIN, *arguments)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert done.code == 2
+    last = done.err.splitlines()[-1]
+    assert last.startswith("error: ")
+    assert "is recorded, but its network is not saved: [Errno 27] File too large" in last
+    (row,) = rows(tmp_path / "runs").values()
+    assert row["status"] == "finished"
+    assert not list((tmp_path / "runs").rglob("*.tmp"))
+    assert "already complete" in run_program(TRAIN, *arguments).err
 
 
 def test_a_folder_that_cannot_be_written_is_one_clear_line(run_program, tmp_path):

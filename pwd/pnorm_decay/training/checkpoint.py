@@ -33,9 +33,7 @@ def save(path: Path, state: dict[str, Any]) -> None:
     Raises:
         OSError: the folder cannot be written or the disk is full; an older checkpoint is left.
     """
-    buffer = io.BytesIO()
-    torch.save(state, buffer)
-    content = buffer.getbuffer()
+    content = serialised(state)
     with atomic_write(path) as file:
         file.write(hashlib.sha256(content).digest())
         file.write(content)
@@ -87,9 +85,21 @@ def remove(path: Path) -> None:
 
 
 def save_model(path: Path, model: nn.Module) -> None:
-    """Writes a model's state dict atomically, for ``torch.load``."""
+    """Writes a model's state dict atomically, for ``torch.load``.
+
+    Raises:
+        OSError: the folder cannot be written or the disk is full.
+    """
+    content = serialised(model.state_dict())
     with atomic_write(path) as file:
-        torch.save(model.state_dict(), file)
+        file.write(content)
+
+
+def serialised(state: dict[str, Any]) -> memoryview:
+    """What ``torch.save`` writes; in memory, because of a full disk it tells as a RuntimeError."""
+    buffer = io.BytesIO()
+    torch.save(state, buffer)
+    return buffer.getbuffer()
 
 
 def random_state(device: torch.device) -> dict[str, Any]:

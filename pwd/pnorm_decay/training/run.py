@@ -198,8 +198,12 @@ def do(
         tracker.summarise(record)
 
     if accelerator.is_main_process:
+        not_saved = None
         if settings.save_model:
-            checkpoint.save_model(run_dir / MODEL_FILE, pruning.plain_model())
+            try:
+                checkpoint.save_model(run_dir / MODEL_FILE, pruning.plain_model())
+            except OSError as error:  # a full disk has room for the small result
+                not_saved = error
         result = {"config": config, "record": record, "provenance": provenance}
         records.write_result(run_dir, result)
         checkpoint.remove(run_dir / checkpoint.CHECKPOINT_FILE)
@@ -208,6 +212,8 @@ def do(
             console.print(run_line(name, record, runs_after_it=not config["repeat_best"]))
         else:
             console.print(summary_table(name, record, run_dir))
+        if not_saved is not None:
+            raise OSError(f"{name} is recorded, but its network is not saved: {not_saved}")
     return record
 
 
