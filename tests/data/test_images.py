@@ -585,6 +585,34 @@ def test_another_kind_of_file_is_named(tmp_path: Path, cache: Path) -> None:
     assert_refused(path, cache, r"neither a folder nor an archive \(\.tar, ")
 
 
+def test_what_is_no_regular_file_is_named(copy: Path, cache: Path, tmp_path: Path) -> None:
+    pipe = tmp_path / "pipe.tar"
+    os.mkfifo(pipe)
+    assert_refused(pipe, cache, r"pipe\.tar is not a regular file")
+    device = tmp_path / "device.zip"
+    device.symlink_to("/dev/zero")
+    assert_refused(device, cache, r"device\.zip is not a regular file")
+    os.mkfifo(copy / "train" / "cat" / "9999.png")
+    assert_refused(copy, cache, r"9999\.png is not a regular file")
+
+
+@pytest.mark.parametrize("suffix", ["", ".tar.gz", ".zip"])
+def test_a_file_larger_than_an_image_can_be_is_named(
+    copy: Path, cache: Path, tmp_path: Path, suffix: str
+) -> None:
+    image = copy / "train" / "cat" / "0000.png"
+    image.write_bytes(image.read_bytes() + bytes(2**20))
+    source = pack(copy, tmp_path / f"large{suffix}") if suffix else copy
+    assert_refused(source, cache, r"cat/0000\.png has 1,0\d\d,\d\d\d bytes, more than the 1,048,576")
+
+
+def test_more_images_than_there_are_is_said(
+    copy: Path, cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(cifar10, "IMAGE_COUNT", 10)
+    assert_refused(copy, cache, "holds more than the 10 images of CIFAR-10")
+
+
 def test_a_folder_without_images_is_named(tmp_path: Path, cache: Path) -> None:
     (tmp_path / "train").mkdir()
     assert_refused(tmp_path, cache, r"holds no train/<class>/\*\.png or \*\.jpg")

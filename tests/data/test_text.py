@@ -1,3 +1,4 @@
+import os
 import hashlib
 from collections.abc import Callable
 from pathlib import Path
@@ -210,6 +211,18 @@ def test_a_download_with_a_wrong_checksum_leaves_nothing(local_copy: Path, tmp_p
 def test_a_local_copy_with_a_wrong_checksum_is_refused_by_name(local_copy: Path) -> None:
     local_copy.write_bytes(CONTENT + b"!")
     with pytest.raises(DataError, match=r"input\.txt has a wrong checksum"):
+        TinyShakespeare(4, path=local_copy).setup(CPU)
+
+
+def test_a_local_copy_that_might_never_end_is_refused_by_name(
+    local_copy: Path, tmp_path: Path
+) -> None:
+    os.mkfifo(tmp_path / "pipe.txt")
+    for path in (tmp_path / "pipe.txt", Path("/dev/zero")):
+        with pytest.raises(DataError, match=f"{path} is not a regular file"):
+            TinyShakespeare(4, path=path).setup(CPU)
+    local_copy.write_bytes(bytes(2**21 + 1))
+    with pytest.raises(DataError, match=r"input\.txt has 2,097,153 bytes, more than"):
         TinyShakespeare(4, path=local_copy).setup(CPU)
 
 

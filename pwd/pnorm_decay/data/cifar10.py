@@ -15,7 +15,7 @@ from rich.progress import track
 
 from pnorm_decay.data.base import DataError
 from pnorm_decay.data.cache import Images
-from pnorm_decay.data.sources import SPLITS, ImageFile, read_images, top_folder
+from pnorm_decay.data.sources import SPLITS, ImageFile, check_regular, read_images, top_folder
 
 # How the pixels were kept: the original arrays, or image files of one of two formats.
 Kind = Literal["original", "jpeg", "png"]
@@ -50,6 +50,8 @@ def find_kind(path: Path) -> Kind:
         raise DataError(
             f"there is no {path}: {HOW_TO_POINT} must name a local copy of CIFAR-10, or be left out"
         )
+    if not path.is_dir():
+        check_regular(path)
     if _unpacked_root(path) or top_folder(path) == ORIGINAL_FOLDER:
         return "original"
     first = next(read_images(path), None)
@@ -86,6 +88,8 @@ def decode_copy(path: Path, kind: Kind) -> Images:
         if file.kind != kind:
             raise DataError(f"{path}: {file.place} is {file.kind}, the first image is {kind}")
         found[file.split][CLASSES.index(file.class_name), file.name] = _decode(path, file)
+        if sum(map(len, found.values())) > IMAGE_COUNT:
+            raise DataError(f"{path} holds more than the {IMAGE_COUNT:,} images of CIFAR-10")
     arrays = []
     for split, images in found.items():
         ordered = sorted(images)  # by label and name: the order in the archive does not matter

@@ -28,15 +28,15 @@ def cache_write(path: Path) -> Iterator[BinaryIO]:
         raise DataError(f"cannot write {path}: {error.strerror or error}") from error
 
 
-def download(url: str, sha256: str) -> bytes:
-    """Fetch a small file whole.
+def download(url: str, sha256: str, largest: int) -> bytes:
+    """Fetch a small file whole, of at most `largest` bytes.
 
     Raises:
         DataError: it cannot be fetched, or its SHA-256 is not `sha256` (hexadecimal).
     """
     try:
         with urllib.request.urlopen(url, timeout=TIMEOUT_SECONDS) as response:
-            content: bytes = response.read()
+            content: bytes = response.read(largest)
     except (OSError, HTTPException) as error:
         raise DataError(f"cannot download {url}: {getattr(error, 'reason', error)}") from error
     check_sha256(content, sha256, url)

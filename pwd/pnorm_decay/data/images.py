@@ -257,7 +257,7 @@ class CIFAR10(ImageDataset):
 
     def _load(self) -> Images:
         cached = self._cached
-        if cached.exists():
+        if cached.is_file():
             try:
                 return Images.read(cached)
             except DAMAGED_CACHE_ERRORS as error:

@@ -6,6 +6,7 @@ folder. Archives are read member by member; nothing is extracted to the disk.
 
 import hashlib
 import lzma
+import stat
 import tarfile
 import zipfile
 import zlib
@@ -16,6 +17,8 @@ from typing import NamedTuple
 from pnorm_decay.data.base import DataError
 
 SPLITS = ("train", "test")
+LARGEST_IMAGE = 2**20  # bytes; an image of CIFAR-10 has a few thousand
+LARGEST_OTHER = 2**28  # of what is passed over: more than the whole data set
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg")
 TAR_SUFFIXES = (".tar", ".tar.gz", ".tgz", ".tar.xz")
 # What the standard library raises on damaged archives (RuntimeError: an encrypted one, or one
@@ -67,6 +70,28 @@ def read_images(path: Path) -> Iterator[ImageFile]:
         return _read_archive(path, _read_tar)
     expected = ", ".join((*TAR_SUFFIXES, ".zip"))
     raise DataError(f"{path} is neither a folder nor an archive ({expected})")
+
+
+def check_regular(path: Path, largest: int | None = None) -> None:
+    """Refuses what might never end: a pipe, a device, a file larger than it can be.
+
+    Args:
+        path: of a file, or a link to one.
+        largest: bytes that it may have.
+
+    Raises:
+        DataError: it is no regular file, or too large.
+        OSError: it cannot be looked at.
+    """
+    state = path.stat()
+    if not stat.S_ISREG(state.st_mode):
+        raise DataError(f"{path} is not a regular file")
+    _check_size(str(path), state.st_size, largest)
+
+
+def _check_size(name: str, size: int, largest: int | None) -> None:
+    if largest is not None and size > largest:
+        raise DataError(f"{name} has {size:,} bytes, more than the {largest:,} it can have")
 
 
 def fingerprint(path: Path) -> str:
@@ -121,6 +146,7 @@ def _image_paths(folder: Path) -> Iterator[Path]:
 def _read_folder(folder: Path) -> Iterator[ImageFile]:
     try:
         for file in _image_paths(folder):
+            check_regular(file, LARGEST_IMAGE)
             yield ImageFile(file.parts[-3], file.parts[-2], file.name, file.read_bytes())
     except OSError as error:
         raise DataError(f"cannot read {error.filename}: {error.strerror}") from error
@@ -129,6 +155,8 @@ def _read_folder(folder: Path) -> Iterator[ImageFile]:
 def _read_archive(path: Path, read: Callable[[Path], Iterator[ImageFile]]) -> Iterator[ImageFile]:
     try:
         yield from read(path)
+    except DataError:
+        raise
     except ARCHIVE_ERRORS as error:
         reason = str(error).splitlines()[0].rstrip(":") if str(error) else "it ends too early"
         raise DataError(f"{path} is truncated or damaged: {reason}") from error
@@ -140,6 +168,8 @@ def _read_tar(path: Path) -> Iterator[ImageFile]:
     with tarfile.open(path) as archive:
         for member in archive:
             place = _place(member.name)
+            limit = LARGEST_IMAGE if place else LARGEST_OTHER
+            _check_size(f"{path}: {member.name}", member.size, limit)
             file = archive.extractfile(member) if place and member.isfile() else None
             if place and file:
                 yield ImageFile(*place, file.read())
@@ -160,7 +190,8 @@ def _check_tar_end(archive: tarfile.TarFile) -> None:
 
 def _read_zip(path: Path) -> Iterator[ImageFile]:
     with zipfile.ZipFile(path) as archive:
-        for name in archive.namelist():
-            place = _place(name)
+        for member in archive.infolist():
+            place = _place(member.filename)
             if place:
-                yield ImageFile(*place, archive.read(name))
+                _check_size(f"{path}: {member.filename}", member.file_size, LARGEST_IMAGE)
+                yield ImageFile(*place, archive.read(member))

@@ -18,6 +18,7 @@ from pnorm_decay.data.base import (
     random_stream,
 )
 from pnorm_decay.data.files import cache_write, check_sha256, download
+from pnorm_decay.data.sources import check_regular
 
 TRAIN_FRACTION = 0.9
 BLOCK_STARTS = 2  # this module's purpose for random_stream
@@ -195,6 +196,7 @@ class TinyShakespeare(TextDataset):
         "https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt"
     )
     SHA256 = "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed"
+    LARGEST = 2**21  # bytes; it has 1,115,394
     FILE_NAME = "tinyshakespeare.txt"
 
     def __init__(
@@ -235,6 +237,7 @@ class TinyShakespeare(TextDataset):
         if not self._is_local and not self.path.exists():
             return self._download()
         try:
+            check_regular(self.path, self.LARGEST)
             content = self.path.read_bytes()
         except OSError as error:
             raise DataError(f"cannot read {self.path}: {error.strerror}") from error
@@ -243,7 +246,7 @@ class TinyShakespeare(TextDataset):
 
     def _download(self) -> bytes:
         try:
-            content = download(self.URL, self.SHA256)
+            content = download(self.URL, self.SHA256, self.LARGEST)
         except DataError as error:
             raise DataError(
                 f"{error}\nPut that file at {self.cached}, or set data.path=... "
