@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 from pnorm_decay.data import DataError, PydocTopics, TinyShakespeare, text
-from pnorm_decay.data.files import cache_write
+from pnorm_decay.data.cache import cache_write
 from torch import Tensor
 
 CPU = torch.device("cpu")

@@ -1,17 +1,35 @@
-"""A decoded image data set: six tensors in memory, one checked file on the disk."""
+"""The data cache: files written whole or not at all; an image data set as one of them."""
 
 import zipfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, fields
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from pnorm_decay.data.files import cache_write
+from pnorm_decay.data.base import DataError
+from pnorm_decay.files import atomic_write
 
 # What NumPy raises on a truncated or altered file: its members carry checksums.
 DAMAGED_CACHE_ERRORS = (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile)
+
+
+@contextmanager
+def cache_write(path: Path) -> Iterator[BinaryIO]:
+    """As `files.atomic_write`, for a file of the data cache.
+
+    Raises:
+        DataError: the folder cannot be written or the disk is full.
+    """
+    try:
+        with atomic_write(path) as file:
+            yield file
+    except OSError as error:
+        raise DataError(f"cannot write {path}: {error.strerror or error}") from error
 
 
 @dataclass(frozen=True)

@@ -1,8 +1,9 @@
-"""Getting CIFAR-10's pixels: the original through torchvision, or a copy made of image files."""
+"""CIFAR-10: the original through torchvision, or a copy made of image files."""
 
 import io
+import logging
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Hashable, Iterator
 from contextlib import contextmanager
 from http.client import HTTPException
 from pathlib import Path
@@ -14,8 +15,18 @@ from rich.console import Console
 from rich.progress import track
 
 from pnorm_decay.data.base import DataError
-from pnorm_decay.data.cache import Images
-from pnorm_decay.data.sources import SPLITS, ImageFile, check_regular, read_images, top_folder
+from pnorm_decay.data.cache import DAMAGED_CACHE_ERRORS, Images
+from pnorm_decay.data.images import ImageDataset
+from pnorm_decay.data.sources import (
+    SPLITS,
+    ImageFile,
+    check_regular,
+    fingerprint,
+    read_images,
+    top_folder,
+)
+
+logger = logging.getLogger(__name__)
 
 # How the pixels were kept: the original arrays, or image files of one of two formats.
 Kind = Literal["original", "jpeg", "png"]
@@ -38,6 +49,90 @@ IMAGE_SIZE = (32, 32)
 ORIGINAL_FOLDER = "cifar-10-batches-py"
 ORIGINAL_ARCHIVE = "cifar-10-python.tar.gz"
 HOW_TO_POINT = "data.path=... (or the environment variable PNORM_CIFAR10)"
+
+
+class CIFAR10(ImageDataset):
+    """CIFAR-10: 60,000 colour images of 32 x 32 pixels; its own test part is for validation.
+
+    Decoded once into one file in `cache_dir`. There is one cache for the original pixels, however
+    they came, and one for every state of a copy made of image files.
+
+    Args:
+        path: a local copy: a folder or archive (.tar, .tar.gz, .tgz, .tar.xz, .zip) of
+            `train/<class>/*.{png,jpg,jpeg}` and `test/<class>/...`, or the original
+            `cifar-10-python.tar.gz`, packed or unpacked. None (or an empty string): the original in
+            `cache_dir`, downloaded through torchvision when it is not there.
+        cache_dir: folder for the decoded images.
+        crop_padding: black pixels around an image, out of which a random window is cut; 0 = off.
+        flip: mirror every second image, by chance.
+        rotation_degrees: turn each image by an angle drawn from +- this; 0 = off.
+    """
+
+    def __init__(
+        self,
+        path: str | Path | None = None,
+        cache_dir: str | Path = "data",
+        crop_padding: int = 4,
+        flip: bool = True,
+        rotation_degrees: float = 0.0,
+    ) -> None:
+        super().__init__(crop_padding, flip, rotation_degrees)
+        self.path = Path(path) if path else None
+        self.cache_dir = Path(cache_dir)
+        self._found_kind: Kind | None = None
+
+    @property
+    def label(self) -> str:
+        """What the pixels are; after `setup`, with the number of images if some are missing."""
+        label = "CIFAR-10, JPEG copy" if self._kind == "jpeg" else "CIFAR-10"
+        if self._loaded is None:
+            return label
+        count = len(self._loaded.train_labels) + len(self._loaded.val_labels)
+        expected = IMAGE_COUNT
+        return label if count == expected else f"{label}, {count:,} of {expected:,} images"
+
+    def prepare(self) -> Path:
+        """Decode the images into the cache unless they are there.
+
+        Returns:
+            The file in `cache_dir`.
+
+        Raises:
+            DataError: the images are missing, damaged or not CIFAR-10's.
+        """
+        self._load()
+        return self._cached
+
+    @property
+    def _kind(self) -> Kind:
+        if self._found_kind is None:
+            self._found_kind = find_kind(self.path) if self.path else "original"
+        return self._found_kind
+
+    @property
+    def _cached(self) -> Path:
+        state = f"-{fingerprint(self.path)[:16]}" if self.path and self._kind != "original" else ""
+        return self.cache_dir / f"cifar10-{self._kind}{state}.npz"
+
+    def _source(self) -> Hashable:
+        if self.path is None or not self.path.exists():
+            return (str(self.path), str(self.cache_dir.resolve()))
+        # Cheap rather than watertight: a folder's own time does not change with its files.
+        return (str(self.path.resolve()), self.path.stat().st_mtime_ns)
+
+    def _load(self) -> Images:
+        cached = self._cached
+        if cached.is_file():
+            try:
+                return Images.read(cached)
+            except DAMAGED_CACHE_ERRORS as error:
+                logger.warning("decoding again, because %s is damaged: %s", cached, error)
+        if self.path is None or self._kind == "original":
+            images = load_original(self.path, self.cache_dir)
+        else:
+            images = decode_copy(self.path, self._kind)
+        images.write(cached)
+        return images
 
 
 def find_kind(path: Path) -> Kind:

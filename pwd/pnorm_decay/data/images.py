@@ -1,6 +1,5 @@
-"""Images on the device as one uint8 tensor: scikit-learn's digits, and CIFAR-10."""
+"""Images on the device as one uint8 tensor, augmented there; scikit-learn's digits."""
 
-import logging
 from abc import abstractmethod
 from collections.abc import Hashable, Iterator
 from pathlib import Path
@@ -10,12 +9,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pnorm_decay.data import augment, cifar10
+from pnorm_decay.data import augment
 from pnorm_decay.data.base import Dataset, check_batch_size, keep_latest, random_stream
-from pnorm_decay.data.cache import DAMAGED_CACHE_ERRORS, Images
-from pnorm_decay.data.sources import fingerprint
-
-logger = logging.getLogger(__name__)
+from pnorm_decay.data.cache import Images
 
 ORDER, AUGMENTATION = 0, 1  # this module's purposes for random_stream
 
@@ -184,87 +180,3 @@ class Digits(ImageDataset):
         split = len(labels) - self.VALIDATION_IMAGES
         labels = labels.astype(np.int64)
         return Images.from_arrays(pixels[:split], labels[:split], pixels[split:], labels[split:])
-
-
-class CIFAR10(ImageDataset):
-    """CIFAR-10: 60,000 colour images of 32 x 32 pixels; its own test part is for validation.
-
-    Decoded once into one file in `cache_dir`. There is one cache for the original pixels, however
-    they came, and one for every state of a copy made of image files.
-
-    Args:
-        path: a local copy: a folder or archive (.tar, .tar.gz, .tgz, .tar.xz, .zip) of
-            `train/<class>/*.{png,jpg,jpeg}` and `test/<class>/...`, or the original
-            `cifar-10-python.tar.gz`, packed or unpacked. None (or an empty string): the original in
-            `cache_dir`, downloaded through torchvision when it is not there.
-        cache_dir: folder for the decoded images.
-        crop_padding: black pixels around an image, out of which a random window is cut; 0 = off.
-        flip: mirror every second image, by chance.
-        rotation_degrees: turn each image by an angle drawn from +- this; 0 = off.
-    """
-
-    def __init__(
-        self,
-        path: str | Path | None = None,
-        cache_dir: str | Path = "data",
-        crop_padding: int = 4,
-        flip: bool = True,
-        rotation_degrees: float = 0.0,
-    ) -> None:
-        super().__init__(crop_padding, flip, rotation_degrees)
-        self.path = Path(path) if path else None
-        self.cache_dir = Path(cache_dir)
-        self._found_kind: cifar10.Kind | None = None
-
-    @property
-    def label(self) -> str:
-        """What the pixels are; after `setup`, with the number of images if some are missing."""
-        label = "CIFAR-10, JPEG copy" if self._kind == "jpeg" else "CIFAR-10"
-        if self._loaded is None:
-            return label
-        count = len(self._loaded.train_labels) + len(self._loaded.val_labels)
-        expected = cifar10.IMAGE_COUNT
-        return label if count == expected else f"{label}, {count:,} of {expected:,} images"
-
-    def prepare(self) -> Path:
-        """Decode the images into the cache unless they are there.
-
-        Returns:
-            The file in `cache_dir`.
-
-        Raises:
-            DataError: the images are missing, damaged or not CIFAR-10's.
-        """
-        self._load()
-        return self._cached
-
-    @property
-    def _kind(self) -> cifar10.Kind:
-        if self._found_kind is None:
-            self._found_kind = cifar10.find_kind(self.path) if self.path else "original"
-        return self._found_kind
-
-    @property
-    def _cached(self) -> Path:
-        state = f"-{fingerprint(self.path)[:16]}" if self.path and self._kind != "original" else ""
-        return self.cache_dir / f"cifar10-{self._kind}{state}.npz"
-
-    def _source(self) -> Hashable:
-        if self.path is None or not self.path.exists():
-            return (str(self.path), str(self.cache_dir.resolve()))
-        # Cheap rather than watertight: a folder's own time does not change with its files.
-        return (str(self.path.resolve()), self.path.stat().st_mtime_ns)
-
-    def _load(self) -> Images:
-        cached = self._cached
-        if cached.is_file():
-            try:
-                return Images.read(cached)
-            except DAMAGED_CACHE_ERRORS as error:
-                logger.warning("decoding again, because %s is damaged: %s", cached, error)
-        if self.path is None or self._kind == "original":
-            images = cifar10.load_original(self.path, self.cache_dir)
-        else:
-            images = cifar10.decode_copy(self.path, self._kind)
-        images.write(cached)
-        return images

@@ -17,7 +17,8 @@ from pnorm_decay.data.base import (
     keep_latest,
     random_stream,
 )
-from pnorm_decay.data.files import cache_write, check_sha256, download
+from pnorm_decay.data.cache import cache_write
+from pnorm_decay.data.download import check_sha256, download
 from pnorm_decay.data.sources import check_regular
 
 TRAIN_FRACTION = 0.9

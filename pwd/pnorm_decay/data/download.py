@@ -1,31 +1,13 @@
-"""Files of the data cache: written whole or not at all, downloads checked."""
+"""Small downloads, bounded and checked."""
 
 import hashlib
 import urllib.request
-from collections.abc import Iterator
-from contextlib import contextmanager
 from http.client import HTTPException
 from pathlib import Path
-from typing import BinaryIO
 
 from pnorm_decay.data.base import DataError
-from pnorm_decay.files import atomic_write
 
 TIMEOUT_SECONDS = 30
-
-
-@contextmanager
-def cache_write(path: Path) -> Iterator[BinaryIO]:
-    """As `files.atomic_write`, for a file of the data cache.
-
-    Raises:
-        DataError: the folder cannot be written or the disk is full.
-    """
-    try:
-        with atomic_write(path) as file:
-            yield file
-    except OSError as error:
-        raise DataError(f"cannot write {path}: {error.strerror or error}") from error
 
 
 def download(url: str, sha256: str, largest: int) -> bytes:
