@@ -8,12 +8,14 @@ from torch import nn
 
 from pnorm_decay.data import Digits
 from pnorm_decay.models import ResNet18
+from pnorm_decay.training import checkpoint
 from pnorm_decay.training.settings import ConfigError, TrainerSettings
 from pnorm_decay.training.trainer import (
     check_channels_last,
     cross_entropy,
     evaluate,
     make_accelerator,
+    restore_own,
 )
 
 CPU = torch.device("cpu")
@@ -60,3 +62,12 @@ def test_channels_last_is_refused_where_it_would_corrupt_memory():
         check_channels_last(ResNet18(width=8), CPU)
     check_channels_last(ResNet18(width=16), CPU)
     check_channels_last(ResNet18(width=8), torch.device("cuda"))
+
+
+def test_a_checkpoint_of_an_older_version_is_taken_up():
+    torch.manual_seed(3)
+    state = {"loss_sum": torch.tensor(2.5), "random": checkpoint.random_state(CPU)}
+    state["random"]["cuda"] = []  # as it was saved without a GPU
+    expected = torch.rand(4)
+    assert restore_own(state, make_accelerator(CPU, "fp32")) == 2.5
+    assert torch.equal(torch.rand(4), expected)
