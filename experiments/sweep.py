@@ -16,9 +16,14 @@ from __future__ import annotations
 
 import argparse
 import runpy
+import signal
 import sys
 from pathlib import Path
 from typing import Any
+
+if __name__ == "__main__":
+    # Ctrl-C ends the program without frames as long as it imports; nothing has begun.
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 from omegaconf import OmegaConf
 

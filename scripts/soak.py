@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import random
 import signal
 import subprocess
@@ -52,8 +53,10 @@ def start(folder: Path, overrides: list[str]) -> subprocess.Popen[bytes]:
     """A new process that does the run, or goes on with it."""
     places = [f"runs_dir={folder / 'runs'}", f"logger.dir={folder}"]
     command = [sys.executable, str(TRAIN), *RUN, *overrides, *places]
+    # A W&B service that this process was given or has started would hold a killed run's id.
+    environment = {name: value for name, value in os.environ.items() if name != "WANDB_SERVICE"}
     with (folder / "log.txt").open("ab") as log:
-        return subprocess.Popen(command, stdout=log, stderr=log)
+        return subprocess.Popen(command, stdout=log, stderr=log, env=environment)
 
 
 def one(folder: Path, name: str) -> Path | None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import runpy
+import signal
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -66,6 +67,7 @@ def run_program(
         except SystemExit as end:
             code = end.code
         finally:  # what a program may set for its whole process
+            signal.signal(signal.SIGINT, signal.default_int_handler)
             torch.set_flush_denormal(False)
             torch.set_num_threads(1)
         captured = capfd.readouterr()

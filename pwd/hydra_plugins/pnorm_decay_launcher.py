@@ -11,7 +11,7 @@ from omegaconf import DictConfig
 
 
 class BesideLauncher(Launcher):
-    """Does the runs of a sweep beside each other, each in a process of its own.
+    """Does the runs of a sweep beside each other, in processes of their own.
 
     Args:
         n_jobs: how many at a time; -1: one a core.

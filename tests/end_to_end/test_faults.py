@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import wandb
 from filelock import FileLock
 
 from conftest import REPOSITORY, SHORT
@@ -39,7 +40,9 @@ def rows(runs: Path) -> dict[str, dict[str, object]]:
     return {row["run_id"]: {k: v for k, v in row.items() if k not in TIMING} for row in found}
 
 
-def test_a_run_that_is_killed_at_random_ends_with_the_same_bits():
+def test_a_run_that_is_killed_at_random_ends_with_the_same_bits(tmp_path):
+    with wandb.init(mode="offline", dir=tmp_path):  # has a service, which children would share
+        assert "WANDB_SERVICE" in os.environ
     command = [sys.executable, str(REPOSITORY / "scripts" / "soak.py"), "--kills", "2"]
     done = subprocess.run([*command, "--", "trainer.steps=60"], capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr

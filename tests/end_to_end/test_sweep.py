@@ -13,6 +13,7 @@ ONE = ["demo", "--experiments", "resnet_digits", "--sweeps", "sgd"]
 def test_a_sweep_of_an_experiment_is_done_once(run_program, tmp_path):
     places = [f"runs_dir={tmp_path / 'runs'}", f"results_dir={tmp_path / 'results'}"]
     command = [SWEEP, *ONE, "--", *SHORT, *places, "grid.sgd_lr=0.01", "logger=none"]
+    command.append("hydra/launcher=basic")
     done = run_program(*command)
     assert done.code == 0, done.err
     (path,) = (tmp_path / "runs" / "demo" / "resnet_digits").glob("*/result.json")

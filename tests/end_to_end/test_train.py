@@ -17,6 +17,7 @@ from pnorm_decay import records
 from pnorm_decay.data import Digits
 from pnorm_decay.models import ResNet18
 from pnorm_decay.training import run
+from pnorm_decay.training.progress import TOTAL
 
 TRAIN = "experiments/train.py"
 DIGITS = "experiment=demo/resnet_digits"
@@ -228,8 +229,12 @@ def test_a_recorded_run_is_not_done_again(run_program, places, tmp_path):
     assert results(tmp_path) == []
 
 
-def test_repeat_best_repeats_the_best_recorded_runs_alone(run_program, places, tmp_path):
+def test_repeat_best_repeats_the_best_recorded_runs_alone(
+    run_program, places, tmp_path, monkeypatch
+):
+    monkeypatch.setenv(TOTAL, "4")  # as our launcher tells its jobs
     arguments = ["-m", DIGITS, *SHORT, *places, "logger=none", "optimizer=adamw"]
+    arguments.append("hydra/launcher=basic")
     arguments += ["optimizer.lr=1e-3,1e-2", "skip_recorded=true"]
     repeat = [*arguments, "seed=1,2", "repeat_best=true"]
     nothing_yet = run_program(TRAIN, *repeat)

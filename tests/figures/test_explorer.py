@@ -104,7 +104,7 @@ def test_in_a_browser_it_draws_filters_sorts_and_gives_the_command(tmp_path):
     words = "--headless --no-sandbox --disable-gpu --no-first-run --disable-background-networking"
     words += " --disable-component-update --disable-sync --virtual-time-budget=20000 --dump-dom"
     words += f" --enable-logging=stderr --user-data-dir={tmp_path / 'profile'} {path.as_uri()}"
-    done = subprocess.run([CHROMIUM, *words.split()], capture_output=True, text=True, timeout=300)
+    done = subprocess.run([CHROMIUM, *words.split()], capture_output=True, text=True)
     seen = json.loads(re.search("<title>(.*?)</title>", done.stdout)[1])
     assert seen == {
         "marks": 1,
