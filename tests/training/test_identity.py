@@ -1,0 +1,120 @@
+"""What tells runs apart: the recorded settings still have the ids that they were recorded with."""
+
+from __future__ import annotations
+
+from functools import cache
+from typing import Any
+
+import pandas as pd
+import pytest
+from hydra import compose, initialize_config_dir
+from omegaconf import OmegaConf, open_dict
+
+from conftest import REPOSITORY
+from pnorm_decay import records
+from pnorm_decay.training import settings
+from pnorm_decay.training.run import hyperparameters, identity, run_name
+
+RECORDED = sorted((REPOSITORY / "results").glob("[cd]*/*.csv"))
+# The sweep whose choices a recorded method was made with; sweeps of the same name are left out.
+SWEEPS = {"spred": "factorised", "dwf": "factorised", "pwd_target": "target"}
+SWEEPS |= {"exact_target": "target_exact"}
+# A column, and where the config has it; of several places the first that is there.
+PLACES = {
+    "p": ["optimizer.p"],
+    "lambda_p": ["optimizer.lambda_p", "optimizer.weight_decay"],
+    "lr": ["optimizer.lr"],
+    "seed": ["seed"],
+    "target_sparsity": ["pruning.sparsity", "decay_schedule.sparsity"],
+}
+
+
+@cache
+def composed(experiment: str, *overrides: str) -> Any:
+    with initialize_config_dir(str(REPOSITORY / "configs"), version_base="1.3"):
+        overrides = (f"experiment={experiment}", *overrides)
+        return compose("train", list(overrides), return_hydra_config=True)
+
+
+def config_of(experiment: str, row: dict[str, Any]) -> dict[str, Any]:
+    """The resolved config of a recorded run."""
+    method = row["method"]
+    pruning = ["pruning=dwf"] if method == "dwf" else []
+    cfg = composed(experiment, f"sweep={SWEEPS.get(method, method)}", *pruning).copy()
+    for column, places in PLACES.items():
+        there = [place for place in places if OmegaConf.select(cfg, place) is not None]
+        if there and not pd.isna(row[column]):
+            OmegaConf.update(cfg, there[0], row[column])
+    return resolved(cfg, experiment)
+
+
+def resolved(cfg: Any, experiment: str) -> dict[str, Any]:
+    with open_dict(cfg):
+        del cfg["hydra"]
+    cfg.experiment_name, cfg.sweep_name = experiment, "none"
+    return OmegaConf.to_container(cfg, resolve=True)  # type: ignore[return-value]
+
+
+@pytest.mark.parametrize("path", RECORDED, ids=lambda path: f"{path.parent.name}-{path.stem}")
+def test_recorded_settings_have_their_recorded_ids(path, monkeypatch):
+    monkeypatch.setattr(settings, "bf16_is_fast", lambda device: True)  # as where they were made
+    rows = records.read(path).to_dict("records")
+    assert len(rows) > 90
+    wrong = []
+    for row in rows:
+        config = config_of(f"{path.parent.name}/{path.stem}", row)
+        if identity(config, row["data"]) != row["run_id"]:
+            wrong.append((row["run_id"], run_name(config)))
+        columns = hyperparameters(config)
+        assert columns["method"] == row["method"]
+        assert columns["p"] == pytest.approx(row["p"])
+    assert wrong == []
+
+
+# Ids of the defaults at the scales of which nothing is recorded yet, as they were on 2026-11-24.
+UNRECORDED = {
+    ("paper/nanogpt_shakespeare", "pwd"): "79033c1bbadb",
+    ("paper/nanogpt_shakespeare", "adamw"): "e26ed4e1d31d",
+    ("paper/nanogpt_shakespeare", "magnitude"): "bc3d4e161afd",
+    ("paper/resnet18_cifar10", "pwd"): "9591e63cb71a",
+    ("paper/resnet18_cifar10", "adamw"): "958df1a51937",
+    ("paper/resnet18_cifar10", "magnitude"): "e2f2915d573d",
+    ("paper/resnet18_cifar10", "magnitude_global"): "b13ba7adf93c",
+    ("paper/resnet18_cifar10", "oto"): "26921c5f1820",
+    ("wide/nanogpt_shakespeare", "pwd"): "ed1dd7a91ad8",
+    ("wide/nanogpt_shakespeare", "target"): "883c200dfcee",
+    ("wide/resnet18_cifar10", "pwd"): "a7ad9e4bf274",
+    ("wide/resnet18_cifar10", "target"): "108064fb6cee",
+}
+
+
+@pytest.mark.parametrize(("experiment", "sweep"), UNRECORDED)
+def test_the_larger_scales_are_what_they_were(experiment, sweep, monkeypatch):
+    monkeypatch.setattr(settings, "bf16_is_fast", lambda device: True)
+    cfg = composed(experiment, f"sweep={sweep}").copy()
+    if "grid" in cfg:  # the first setting of the sweep's grid
+        for key, values in cfg.hydra.sweeper.params.items():
+            OmegaConf.update(cfg, key, float(str(values).split(",")[0]))
+    label = "CIFAR-10" if "cifar10" in experiment else "Tiny Shakespeare"
+    assert identity(resolved(cfg, experiment), label) == UNRECORDED[experiment, sweep]
+
+
+def test_the_papers_setting_is_the_papers():
+    text = resolved(composed("paper/nanogpt_shakespeare").copy(), "x")
+    images = resolved(composed("paper/resnet18_cifar10").copy(), "x")
+    assert (images["trainer"]["epochs"], images["trainer"]["batch_size"]) == (100, 400)
+    assert (text["trainer"]["steps"], text["trainer"]["batch_size"]) == (5000, 64)
+    gpt = {"n_layer": 6, "n_head": 6, "n_embd": 384, "block_size": 256, "dropout": 0.2}
+    assert gpt.items() <= text["model"].items()
+    assert images["model"]["width"] == 64
+    augmentation = {"crop_padding": 4, "flip": True, "rotation_degrees": 10.0}
+    assert augmentation.items() <= images["data"].items()
+    assert text["optimizer"]["betas"] == [0.9, 0.99]
+    assert images["optimizer"]["betas"] == [0.9, 0.999]
+    for config, lrs in (
+        (images, "1.0e-3,3.0e-3,6.31e-3,1.0e-2"),
+        (text, "3.0e-4,1.0e-3,3.0e-3"),
+    ):
+        assert config["grid"]["p"] == "0.5,0.8,1.0,1.2,1.5,2.0"
+        assert config["grid"]["lambda_p"] == "1.0e-5,1.0e-4,3.0e-4,1.0e-3,3.0e-3,1.0e-2"
+        assert config["grid"]["lr"] == lrs
