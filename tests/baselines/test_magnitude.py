@@ -85,13 +85,21 @@ def test_the_smallest_weights_go_and_stay_away_whatever_the_optimizer_does(scope
     assert list(model.state_dict()) == list(network().state_dict())
 
 
-def test_it_goes_on_exactly_from_a_checkpoint():
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda model: torch.optim.AdamW(model.parameters(), lr=1e-2),  # it would move the zeros
+        lambda model: torch.optim.SGD(model.parameters(), lr=1e-2, momentum=0.9),
+        lambda model: AdamPWD(param_groups(model, p=0.8, lambda_p=1e-3), lr=1e-2),
+    ],
+    ids=["AdamW", "SGD", "AdamPWD"],
+)
+def test_it_goes_on_exactly_from_a_checkpoint(make):
     def start():
         model = network()
         pruning = MagnitudePruning(0.9, num_steps=5)
         pruning.setup(model, EXAMPLE, steps=20, warmup=2)
-        optimizer = AdamPWD(param_groups(model, p=0.8, lambda_p=1e-3), lr=1e-2)
-        return model, pruning, optimizer
+        return model, pruning, make(model)
 
     whole = start()
     train(*whole, steps=20)
@@ -107,6 +115,19 @@ def test_it_goes_on_exactly_from_a_checkpoint():
         assert torch.equal(ours, theirs)
     for name, mask in second[1].state_dict()["masks"].items():
         assert torch.equal(mask, whole[1].state_dict()["masks"][name])
+
+
+def test_pruned_weights_have_no_gradient_that_clipping_or_moments_would_count():
+    model = network()
+    pruning = MagnitudePruning(0.5, num_steps=1, end=0.1)
+    pruning.setup(model, EXAMPLE, steps=10, warmup=0)
+    pruning.after_step(0)
+    for parameter in model.parameters():
+        parameter.grad = torch.ones_like(parameter)
+    pruning.before_step(1)
+    for name, weight in model.named_parameters():
+        kept = weight != 0 if weight.ndim > 1 else torch.ones_like(weight, dtype=torch.bool)
+        assert torch.equal(weight.grad, kept.float()), name
 
 
 @pytest.mark.parametrize(

@@ -139,6 +139,33 @@ def test_the_least_salient_channels_are_chosen():
     assert chosen[1] == [False, False, True, False]
 
 
+@pytest.mark.parametrize("sign", [1.0, -1.0])
+def test_a_channel_that_the_loss_depends_on_is_salient_whichever_way_it_would_go(sign):
+    """Two channels of equal size: that with a large x.g stays, of either sign."""
+    weight = nn.Parameter(torch.tensor([[1.0, 1.0], [1.0, -1.0]]))
+    pruning = OTO(0.5)
+    pruning._groups = [ChannelGroup(nn.Identity(), 2, [weight], [])]
+    pruning._pruned = [torch.zeros(2, dtype=torch.bool)]
+    # The first has |x.g| = 20, the second 0 and a cosine of 0; 1 + cosine alone would prefer it
+    # where the first one's cosine is -1.
+    weight.grad = torch.tensor([[10.0, 10.0], [10.0, 10.0]]) * sign
+    (scores,) = pruning._saliency()
+    assert scores[0] > scores[1]
+
+
+def test_removed_channels_have_no_gradient_that_clipping_or_moments_would_count():
+    model, pruning, optimizer = start(periods=1)
+    train(model, pruning, optimizer, STEPS - 1)
+    assert int(torch.cat(pruning._pruned).sum()) == 180
+    for parameter in model.parameters():
+        parameter.grad = torch.ones_like(parameter)
+    pruning.before_step(STEPS - 1)
+    for group, gone in zip(pruning._groups, pruning._pruned, strict=True):
+        for part in group.producers:
+            assert not part.grad[gone].any()
+            assert bool((part.grad[~gone] == 1).all())
+
+
 def test_it_goes_on_exactly_from_a_checkpoint():
     whole = start()
     train(*whole, steps=STEPS)

@@ -28,6 +28,11 @@ PLACES = {
     "target_sparsity": ["pruning.sparsity", "decay_schedule.sparsity"],
 }
 
+# A change that is none, because the experiment's file has it.
+IS_SO_ALREADY = [("demo/resnet_digits", "trainer.channels_last=false")]
+IS_SO_ALREADY += [("demo/nanogpt_pydoc", "trainer.channels_last=true")]
+IS_SO_ALREADY += [("demo/nanogpt_pydoc", "schedule=constant")]  # its own final_fraction wins
+
 
 @cache
 def composed(experiment: str, *overrides: str) -> Any:
@@ -118,3 +123,55 @@ def test_the_papers_setting_is_the_papers():
         assert config["grid"]["p"] == "0.5,0.8,1.0,1.2,1.5,2.0"
         assert config["grid"]["lambda_p"] == "1.0e-5,1.0e-4,3.0e-4,1.0e-3,3.0e-3,1.0e-2"
         assert config["grid"]["lr"] == lrs
+
+
+@pytest.mark.parametrize(
+    ("experiment", "change"),
+    [
+        (experiment, change)
+        for experiment in ("demo/resnet_digits", "demo/nanogpt_pydoc")
+        for change in (
+            "trainer.precision=bf16",
+            "trainer.clip_grad_norm=0.5",
+            "trainer.batch_size=17",
+            "trainer.eval_every=7",
+            "trainer.channels_last=true",
+            "trainer.channels_last=false",
+            "schedule.final_fraction=0.5",
+            "schedule=constant",
+            "decay_schedule=p_ramp",
+            "optimizer=adamw",
+            "optimizer.betas=[0.8,0.99]",
+            "optimizer.eps=1e-7",
+            "+optimizer.reweight_every=2",
+            "pruning=magnitude",
+            "seed=5",
+        )
+        if (experiment, change) not in IS_SO_ALREADY
+    ],
+)
+def test_what_changes_a_result_changes_the_id(experiment, change):
+    plain = resolved(composed(experiment).copy(), experiment)
+    changed = resolved(composed(experiment, change).copy(), experiment)
+    assert identity(plain, "x") != identity(changed, "x")
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        "trainer.device=cpu",
+        "trainer.threads=7",
+        "trainer.compile=true",
+        "trainer.val_batch_size=3",
+        "trainer.checkpoint_minutes=1",
+        "trainer.save_model=false",
+        "runs_dir=x",
+        "results_dir=x",
+        "skip_recorded=true",
+        "logger=none",
+    ],
+)
+def test_how_and_where_a_run_is_done_does_not(change):
+    plain = resolved(composed("demo/resnet_digits").copy(), "x")
+    changed = resolved(composed("demo/resnet_digits", change).copy(), "x")
+    assert identity(plain, "x") == identity(changed, "x")
