@@ -22,7 +22,7 @@ from omegaconf.errors import OmegaConfBaseException
 from pnorm_decay.data import DataError
 from pnorm_decay.records import RecordError
 from pnorm_decay.training import stopping
-from pnorm_decay.training.progress import console, in_sweep, report
+from pnorm_decay.training.progress import console, in_sweep, print_error
 from pnorm_decay.training.run import RunError, run
 from pnorm_decay.training.settings import ConfigError
 
@@ -48,7 +48,7 @@ def main(cfg: DictConfig) -> None:
     except USER_ERRORS as error:
         if in_sweep():
             raise  # the other runs go on; Hydra raises it again when they are done
-        report(error)
+        print_error(error)
         sys.exit(2)
 
 
@@ -61,7 +61,7 @@ if __name__ == "__main__":
             if stopping.requested():
                 raise stopping.Stopped
         except USER_ERRORS as error:
-            report(error)
+            print_error(error)
             sys.exit(2)
         except KeyboardInterrupt:
             console.print("stopped; the same command goes on from the last checkpoint")

@@ -27,7 +27,7 @@ import torch
 import torch.nn.functional as F
 from hydra import compose, initialize_config_dir
 from hydra.core.hydra_config import HydraConfig
-from omegaconf import DictConfig, OmegaConf, open_dict
+from omegaconf import DictConfig, open_dict
 from PIL import Image
 from rich.console import Console
 from rich.progress import track
@@ -41,7 +41,9 @@ from pnorm_decay.data import DataError
 from pnorm_decay.data.images import ImageDataset
 from pnorm_decay.data.text import TextDataset
 from pnorm_decay.training import run as training_run
-from pnorm_decay.training.trainer import train
+from pnorm_decay.training.building import build_data, build_model
+from pnorm_decay.training.settings import Settings
+from pnorm_decay.training.trainer import Training, train
 
 CONFIGS = Path(__file__).resolve().parents[1] / "configs"
 IMAGES, TEXT = "experiment=cpu/resnet18_cifar10", "experiment=cpu/nanogpt_shakespeare"
@@ -58,8 +60,8 @@ WARM_UP = 2  # steps of a turn that do not count
 console = Console(highlight=False)
 
 
-class EnoughError(Exception):
-    """The steps to be timed are done."""
+class EnoughError(BaseException):
+    """The steps to be timed are done; no Exception, which would be recorded as a failure."""
 
 
 @dataclass
@@ -85,8 +87,9 @@ def ours(overrides: list[str], count: int) -> Times:
     """Steps of the trainer, cut off after some."""
     times = Times()
 
-    def timed_train(**arguments: Any) -> Any:
-        data, accelerator = arguments["data"], arguments["accelerator"]
+    def timed_train(training: Training, *places: Any) -> Any:
+        data: Any = training.data
+        accelerator = training.accelerator
         # Forward begins, backward ends, clipping ends, optimizer's step begins and ends.
         moments: list[float] = []
         begun: list[float] = []
@@ -116,10 +119,10 @@ def ours(overrides: list[str], count: int) -> Times:
 
         data.train_batch, accelerator.backward = train_batch, backward
         accelerator.clip_grad_norm_ = clip
-        arguments["model"].register_forward_pre_hook(now)
-        arguments["optimizer"].register_step_pre_hook(now)
-        arguments["optimizer"].register_step_post_hook(now)
-        return train(**arguments)
+        training.model.register_forward_pre_hook(now)
+        training.optimizer.optimizer.register_step_pre_hook(now)
+        training.optimizer.optimizer.register_step_post_hook(now)
+        return train(training, *places)
 
     with tempfile.TemporaryDirectory() as scratch:
         cfg = composed([*overrides, "trainer.checkpoint_minutes=1e6"], scratch)
@@ -174,14 +177,14 @@ def straightforward(overrides: list[str], count: int) -> Times:
     times = Times()
     with tempfile.TemporaryDirectory() as scratch:
         cfg = composed(overrides, scratch)
-    config: Any = OmegaConf.to_container(cfg, resolve=True)
-    data = training_run.build(config, "data")
+    settings = Settings.from_config(cfg)
+    data = build_data(settings)
     data.setup(torch.device("cpu"))
-    model: nn.Module = training_run.build(config, "model", **data.model_args)
+    model = build_model(settings, data)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
-    clip = config["trainer"]["clip_grad_norm"]
+    clip = settings.trainer.clip_grad_norm
     begun = None
-    for inputs, targets in straightforward_batches(data, config["trainer"]["batch_size"]):
+    for inputs, targets in straightforward_batches(data, settings.trainer.batch_size):
         logits = model(inputs)
         loss = F.cross_entropy(logits.flatten(0, -2), targets.flatten())
         optimizer.zero_grad()
@@ -218,9 +221,7 @@ def measure(name: str, seconds: float, rounds: int) -> dict[str, Any]:
     is_text = "block_size" in cfg.model
     samples = cfg.trainer.batch_size * (cfg.model.block_size if is_text else 1)
     step, other = statistics.median(mine.steps), statistics.median(theirs.steps)
-    settings = training_run.TrainerSettings.from_config(
-        OmegaConf.to_container(cfg.trainer, resolve=True)  # type: ignore[arg-type]
-    )
+    settings = Settings.from_config(cfg).trainer
     return {
         "case": name,
         "unit": "tokens" if is_text else "images",

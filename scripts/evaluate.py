@@ -22,15 +22,17 @@ import pandas as pd
 import torch
 from rich.console import Console
 from rich.progress import track
-from torch import nn
 
 from pnorm_decay import records
-from pnorm_decay.data import DataError, Dataset
+from pnorm_decay.data import DataError
 from pnorm_decay.files import write_text
 from pnorm_decay.sparsity import structured_share
-from pnorm_decay.training.run import MODEL_FILE, build, run_name
-from pnorm_decay.training.settings import ConfigError, TrainerSettings
-from pnorm_decay.training.trainer import evaluate, make_accelerator, prepare_process
+from pnorm_decay.training.building import build_data, build_model
+from pnorm_decay.training.evaluation import evaluate
+from pnorm_decay.training.identity import run_name
+from pnorm_decay.training.machine import make_accelerator, prepare_process
+from pnorm_decay.training.run import MODEL_FILE
+from pnorm_decay.training.settings import ConfigError, Settings, TrainerSettings
 
 COLUMNS = ["run_id", "precision", "val_loss", "val_accuracy", "structured_share"]
 
@@ -57,23 +59,22 @@ def evaluate_saved(
         DataError: the data set is missing, or not the one that the run was evaluated on.
         ConfigError: this version does not understand the run's config, or the network is damaged.
     """
-    config = result["config"]
-    settings = TrainerSettings.from_config(config["trainer"])
+    settings = Settings.from_config(result["config"])
     accelerator = make_accelerator(device, precision)
     prepare_process(torch.get_num_threads())
-    data: Dataset = build(config, "data")
+    data = build_data(settings)
     if data.label != result["record"]["data"]:
         was = result["record"]["data"]
         raise DataError(f"{network} was evaluated on {was}, the configured data are {data.label}")
     data.setup(accelerator.device)
-    model: nn.Module = build(config, "model", **data.model_args)
+    model = build_model(settings, data)
     try:
         model.load_state_dict(torch.load(network, map_location="cpu", weights_only=True))
     except (RuntimeError, UnpicklingError) as error:
         raise ConfigError(f"{network} is damaged or of another model") from error
-    if settings.channels_last:
+    if settings.trainer.channels_last:
         model = model.to(memory_format=torch.channels_last)
-    loss, accuracy = evaluate(accelerator.prepare(model), data, settings, accelerator)
+    loss, accuracy = evaluate(accelerator.prepare(model), data, settings.trainer, accelerator)
     values = (result["record"]["run_id"], precision, loss, accuracy, structured_share(model))
     return dict(zip(COLUMNS, values, strict=True))
 
@@ -124,7 +125,7 @@ def main() -> None:
         for network, path, result in track(new, "evaluating", console=console):
             row = evaluate_saved(network, result, device, precision)
             record(path, row)
-            name, was = run_name(result["config"]), result["record"]
+            name, was = run_name(Settings.from_config(result["config"])), result["record"]
             console.print(
                 f"{row['run_id']} {name}: accuracy {row['val_accuracy']:.2f} %, "
                 f"in the run {was['val_accuracy']:.2f} % ({was['device']})"

@@ -10,7 +10,6 @@ from pnorm_decay.baselines import OTO, compact
 from pnorm_decay.baselines.oto import ChannelGroup, channel_groups
 from pnorm_decay.models import GPT, ResNet18
 from pnorm_decay.sparsity import sparsity, zero_fraction
-from pnorm_decay.training.settings import ConfigError
 
 EXAMPLE = torch.randn(2, 3, 8, 8, generator=torch.Generator().manual_seed(0))
 STEPS = 14
@@ -204,12 +203,12 @@ class Gate(nn.Module):
     ],
 )
 def test_models_it_cannot_prune(model, example, message):
-    with pytest.raises(ConfigError, match=message):
+    with pytest.raises(ValueError, match=message):
         OTO(0.5).setup(model(), example, steps=10, warmup=0)
 
 
 def test_a_target_that_would_empty_a_layer():
-    with pytest.raises(ConfigError, match=r"pruning\.sparsity=0\.99.*at most 0\.96"):
+    with pytest.raises(ValueError, match=r"sparsity=0\.99.*at most 0\.96"):
         OTO(0.99).setup(network(), EXAMPLE, steps=10, warmup=0)
 
 
@@ -223,5 +222,5 @@ def test_a_target_that_would_empty_a_layer():
     ],
 )
 def test_bad_options_name_the_key(options):
-    with pytest.raises(ConfigError, match=r"pruning\.\w+="):
+    with pytest.raises(ValueError, match=r"^\w+=.*: must be"):
         OTO(**options)

@@ -22,7 +22,7 @@ from filelock import FileLock
 from conftest import REPOSITORY, SHORT
 from pnorm_decay import files, records
 from pnorm_decay.models import ResNet18
-from pnorm_decay.training import checkpoint, run
+from pnorm_decay.training import checkpoint, claiming
 
 TRAIN = "experiments/train.py"
 DIGITS = "experiment=demo/resnet_digits"
@@ -174,7 +174,7 @@ def test_a_run_is_done_once_at_a_time(run_program, places, tmp_path, monkeypatch
     assert run_program(TRAIN, DIGITS, *SHORT, *places).code == 0
     (path,) = (tmp_path / "runs").glob("*/*/*/result.json")
     path.unlink()
-    lock = tmp_path / "runs" / run.LOCKS / path.parent.name
+    lock = tmp_path / "runs" / claiming.LOCKS / path.parent.name
     held, enough = threading.Event(), threading.Event()
 
     def hold() -> None:

@@ -13,7 +13,8 @@ from omegaconf import OmegaConf, open_dict
 from conftest import REPOSITORY
 from pnorm_decay import records
 from pnorm_decay.training import settings
-from pnorm_decay.training.run import hyperparameters, identity, run_name
+from pnorm_decay.training.identity import hyperparameters, identity, run_name
+from pnorm_decay.training.settings import Settings
 
 RECORDED = sorted((REPOSITORY / "results").glob("[cd]*/*.csv"))
 # The sweep whose choices a recorded method was made with; sweeps of the same name are left out.
@@ -41,8 +42,8 @@ def composed(experiment: str, *overrides: str) -> Any:
         return compose("train", list(overrides), return_hydra_config=True)
 
 
-def config_of(experiment: str, row: dict[str, Any]) -> dict[str, Any]:
-    """The resolved config of a recorded run."""
+def settings_of(experiment: str, row: dict[str, Any]) -> Settings:
+    """The settings of a recorded run."""
     method = row["method"]
     pruning = ["pruning=dwf"] if method == "dwf" else []
     cfg = composed(experiment, f"sweep={SWEEPS.get(method, method)}", *pruning).copy()
@@ -53,11 +54,11 @@ def config_of(experiment: str, row: dict[str, Any]) -> dict[str, Any]:
     return resolved(cfg, experiment)
 
 
-def resolved(cfg: Any, experiment: str) -> dict[str, Any]:
+def resolved(cfg: Any, experiment: str) -> Settings:
     with open_dict(cfg):
         del cfg["hydra"]
     cfg.experiment_name, cfg.sweep_name = experiment, "none"
-    return OmegaConf.to_container(cfg, resolve=True)  # type: ignore[return-value]
+    return Settings.from_config(cfg)
 
 
 @pytest.mark.parametrize("path", RECORDED, ids=lambda path: f"{path.parent.name}-{path.stem}")
@@ -67,10 +68,10 @@ def test_recorded_settings_have_their_recorded_ids(path, monkeypatch):
     assert len(rows) > 90
     wrong = []
     for row in rows:
-        config = config_of(f"{path.parent.name}/{path.stem}", row)
-        if identity(config, row["data"]) != row["run_id"]:
-            wrong.append((row["run_id"], run_name(config)))
-        columns = hyperparameters(config)
+        of_row = settings_of(f"{path.parent.name}/{path.stem}", row)
+        if identity(of_row, row["data"]) != row["run_id"]:
+            wrong.append((row["run_id"], run_name(of_row)))
+        columns = hyperparameters(of_row)
         assert columns["method"] == row["method"]
         assert columns["p"] == pytest.approx(row["p"])
     assert wrong == []
@@ -105,8 +106,8 @@ def test_the_larger_scales_are_what_they_were(experiment, sweep, monkeypatch):
 
 
 def test_the_papers_setting_is_the_papers():
-    text = resolved(composed("paper/nanogpt_shakespeare").copy(), "x")
-    images = resolved(composed("paper/resnet18_cifar10").copy(), "x")
+    text = resolved(composed("paper/nanogpt_shakespeare").copy(), "x/x").config
+    images = resolved(composed("paper/resnet18_cifar10").copy(), "x/x").config
     assert (images["trainer"]["epochs"], images["trainer"]["batch_size"]) == (100, 400)
     assert (text["trainer"]["steps"], text["trainer"]["batch_size"]) == (5000, 64)
     gpt = {"n_layer": 6, "n_head": 6, "n_embd": 384, "block_size": 256, "dropout": 0.2}
@@ -172,6 +173,40 @@ def test_what_changes_a_result_changes_the_id(experiment, change):
     ],
 )
 def test_how_and_where_a_run_is_done_does_not(change):
-    plain = resolved(composed("demo/resnet_digits").copy(), "x")
-    changed = resolved(composed("demo/resnet_digits", change).copy(), "x")
+    plain = resolved(composed("demo/resnet_digits").copy(), "x/x")
+    changed = resolved(composed("demo/resnet_digits", change).copy(), "x/x")
     assert identity(plain, "x") == identity(changed, "x")
+
+
+def test_the_data_and_where_they_lie():
+    plain = resolved(composed("demo/resnet_digits").copy(), "x/x")
+    assert identity(plain, "CIFAR-10") != identity(plain, "CIFAR-10, JPEG copy")
+    here, there = (
+        resolved(
+            composed("cpu/resnet18_cifar10", f"data.path={p}", "data.cache_dir=d").copy(), "x/x"
+        )
+        for p in ("/here", "/there.tar")
+    )
+    assert identity(here, "CIFAR-10") == identity(there, "CIFAR-10")
+
+
+@pytest.mark.parametrize(
+    ("change", "columns"),
+    [
+        ([], {"method": "pwd", "p": 0.8, "lambda_p": 1e-3, "target_sparsity": None}),
+        (["seed=3", "optimizer.p=1"], {"seed": 3, "p": 1.0}),
+        (["optimizer=adamw"], {"method": "adamw", "p": 2.0, "lambda_p": 0.01}),
+        (
+            ["optimizer=adamw", "pruning=magnitude"],
+            {"method": "magnitude", "p": 2.0, "target_sparsity": 0.9},
+        ),
+        (["optimizer=adamw", "pruning=dwf"], {"method": "dwf", "p": 2 / 3}),
+        (
+            ["decay_schedule=target_sparsity"],
+            {"method": "pwd_target", "lambda_p": None, "target_sparsity": 0.95},
+        ),
+    ],
+)
+def test_the_columns_that_settings_determine(change, columns):
+    of_change = resolved(composed("demo/resnet_digits", *change).copy(), "x/x")
+    assert columns.items() <= hyperparameters(of_change).items()

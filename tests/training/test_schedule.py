@@ -67,7 +67,7 @@ def test_warmup_takes_at_most_half_of_a_short_run():
 )
 def test_bad_values(options):
     with pytest.raises(ConfigError, match="schedule"):
-        WarmupCosine(**options)
+        WarmupCosine.checked(options, "schedule")
 
 
 def test_epochs_need_data_with_epochs():
@@ -102,7 +102,7 @@ def test_decay_schedule_leads_to_the_given_value_and_leaves_the_undecayed_alone(
 )
 def test_bad_decay_schedules(options, named):
     with pytest.raises(ConfigError, match=named):
-        DecaySchedule(**options)
+        DecaySchedule.checked(options, "decay_schedule")
 
 
 def test_an_optimizer_without_the_option():
@@ -133,7 +133,7 @@ def test_a_group_without_decay_has_none_on_the_way_to_the_others_value():
 )
 def test_bad_target_schedules(options, named):
     with pytest.raises(ConfigError, match=named):
-        TargetSchedule(**options)
+        TargetSchedule.checked(options, "decay_schedule")
 
 
 def test_a_target_needs_decay():

@@ -43,12 +43,12 @@ def test_evaluation_interval():
 )
 def test_bad_values_name_the_key(options):
     with pytest.raises(ConfigError, match=r"trainer\.\w+="):
-        TrainerSettings(**options)
+        TrainerSettings.checked(options, "trainer")
 
 
 def test_unknown_key():
     with pytest.raises(ConfigError, match=r"trainer\.stesp=3"):
-        TrainerSettings.from_config({"stesp": 3})
+        TrainerSettings.checked({"stesp": 3}, "trainer")
 
 
 def test_threads_are_shared_among_workers(monkeypatch):

@@ -9,14 +9,10 @@ from torch import nn
 from pnorm_decay.data import Digits
 from pnorm_decay.models import ResNet18
 from pnorm_decay.training import checkpoint
+from pnorm_decay.training.evaluation import cross_entropy, evaluate
+from pnorm_decay.training.machine import check_channels_last, make_accelerator
 from pnorm_decay.training.settings import ConfigError, TrainerSettings
-from pnorm_decay.training.trainer import (
-    check_channels_last,
-    cross_entropy,
-    evaluate,
-    make_accelerator,
-    restore_own,
-)
+from pnorm_decay.training.trainer import restore_own
 
 CPU = torch.device("cpu")
 

@@ -18,10 +18,11 @@ from pnorm_decay.baselines import OTO, MagnitudePruning
 from pnorm_decay.data import Digits, PydocTopics
 from pnorm_decay.models import GPT, ResNet18
 from pnorm_decay.sparsity import zero_fraction
-from pnorm_decay.training import checkpoint, trainer
+from pnorm_decay.training import checkpoint, evaluation
+from pnorm_decay.training.evaluation import evaluate, final_metrics, training_loss
+from pnorm_decay.training.machine import make_accelerator
 from pnorm_decay.training.schedule import warmup_cosine
 from pnorm_decay.training.settings import TrainerSettings
-from pnorm_decay.training.trainer import evaluate, final_metrics, make_accelerator, training_loss
 
 TRAIN = "experiments/train.py"
 DIGITS = ["experiment=demo/resnet_digits", *SHORT, "logger=none"]
@@ -277,7 +278,7 @@ def test_the_loss_that_thresholds_are_chosen_by_is_without_dropout():
     assert len(losses) == 1
     assert model.training
     model.eval()
-    batches = [data.train_batch(step, 8, 0) for step in range(trainer.LOSS_BATCHES)]
+    batches = [data.train_batch(step, 8, 0) for step in range(evaluation.LOSS_BATCHES)]
     with torch.no_grad():
         expected = [nn.functional.cross_entropy(model(x).flatten(0, 1), y.flatten())
                     for x, y in batches]  # fmt: skip

@@ -1,10 +1,10 @@
 """What the paper compares pWD with, and newer rivals; one file a family.
 
-A method is a torch optimizer (`configs/optimizer/`), or a `Pruning`: what makes zeros beside the
-optimizer (`configs/pruning/`).
+A method is a torch optimizer (`configs/optimizer/`), or a `SparsityMethod`: what makes zeros beside
+the optimizer (`configs/pruning/`).
 """
 
-from pnorm_decay.baselines.base import Pruning
+from pnorm_decay.baselines.base import NoPruning, SparsityMethod
 from pnorm_decay.baselines.coupled import CoupledAdam
 from pnorm_decay.baselines.magnitude import MagnitudePruning
 from pnorm_decay.baselines.oto import OTO, compact
@@ -17,8 +17,9 @@ __all__ = [
     "Factorised",
     "HardThresholdAdam",
     "MagnitudePruning",
+    "NoPruning",
     "ProximalAdam",
-    "Pruning",
     "ReWA",
+    "SparsityMethod",
     "compact",
 ]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -10,8 +11,24 @@ from torch import Tensor, nn
 Loss = Callable[[nn.Module], float]
 
 
-class Pruning:
-    """No pruning, and the base of every method that makes zeros beside the optimizer.
+def check(condition: bool, option: str, value: object, wanted: str) -> None:
+    """Raises a ValueError that names the option, its value and what was wanted."""
+    if not condition:
+        raise ValueError(f"{option}={value}: must be {wanted}")
+
+
+def whole(value: object) -> bool:
+    """Whether a value is a whole number; True and False are not."""
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def number(value: object) -> bool:
+    """Whether a value is a finite number; True and False are not."""
+    return not isinstance(value, bool) and isinstance(value, int | float) and math.isfinite(value)
+
+
+class SparsityMethod:
+    """The base of every method that makes zeros beside the optimizer.
 
     The trainer calls `setup` before it builds the optimizer, `before_step` and `after_step` around
     every optimizer step, `finish` after the last one, and evaluates and saves `plain_model()`. A
@@ -38,7 +55,7 @@ class Pruning:
             warmup: steps of learning-rate warm-up.
 
         Raises:
-            ConfigError: the method cannot be applied to this model or this length.
+            ValueError: the method cannot be applied to this model or this length.
         """
         self._model = model
 
@@ -73,3 +90,7 @@ class Pruning:
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Restores what `state_dict` gave, after `setup`."""
+
+
+class NoPruning(SparsityMethod):
+    """Zeros come from the optimizer alone."""

@@ -10,14 +10,13 @@ from torch import Tensor, nn
 from torch.nn import Parameter
 from torch.nn.utils.prune import L1Unstructured
 
-from pnorm_decay.baselines.base import Pruning
+from pnorm_decay.baselines.base import SparsityMethod, check, number, whole
 from pnorm_decay.optim import split_decayed
-from pnorm_decay.training.settings import check, number, whole
 
 SCOPES = ("layer", "global")
 
 
-class MagnitudePruning(Pruning):
+class MagnitudePruning(SparsityMethod):
     """Prunes the smallest weights in equal-ratio steps while any optimizer trains the rest.
 
     The setting of the paper's comparison (its authors' public run logs): 40 layer-wise L1 steps
@@ -40,21 +39,21 @@ class MagnitudePruning(Pruning):
         end: when the last pruning step is taken, as a fraction of the run, in (0, 1].
 
     Raises:
-        ConfigError: an option is out of its range.
+        ValueError: an option is out of its range.
     """
 
     def __init__(
         self, sparsity: float, scope: str = "layer", num_steps: int = 40, end: float = 0.7
     ) -> None:
-        check(number(sparsity) and 0 <= sparsity < 1, "pruning.sparsity", sparsity, "in [0, 1)")
-        check(scope in SCOPES, "pruning.scope", scope, " or ".join(SCOPES))
+        check(number(sparsity) and 0 <= sparsity < 1, "sparsity", sparsity, "in [0, 1)")
+        check(scope in SCOPES, "scope", scope, " or ".join(SCOPES))
         check(
             whole(num_steps) and num_steps > 0,
-            "pruning.num_steps",
+            "num_steps",
             num_steps,
             "a positive whole number",
         )
-        check(number(end) and 0 < end <= 1, "pruning.end", end, "in (0, 1]")
+        check(number(end) and 0 < end <= 1, "end", end, "in (0, 1]")
         self.sparsity = sparsity
         self.scope = scope
         self.num_steps = num_steps

@@ -12,8 +12,7 @@ import torch_pruning
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from pnorm_decay.baselines.base import Loss, Pruning
-from pnorm_decay.training.settings import ConfigError, check, number, whole
+from pnorm_decay.baselines.base import Loss, SparsityMethod, check, number, whole
 
 
 @dataclass(frozen=True)
@@ -47,7 +46,7 @@ def channel_groups(model: nn.Module, example: Tensor) -> tuple[Any, list[Channel
         The graph, and the groups in the graph's order.
 
     Raises:
-        ConfigError: the model cannot be traced, or has another kind of layer on such channels.
+        ValueError: the model cannot be traced, or has another kind of layer on such channels.
     """
     training = model.training
     name = type(model).__name__
@@ -57,13 +56,13 @@ def channel_groups(model: nn.Module, example: Tensor) -> tuple[Any, list[Channel
         )
         found = list(graph.get_all_groups(root_module_types=[nn.Conv2d, nn.Linear]))
     except Exception as error:  # of many kinds, for whatever the tracing meets
-        raise ConfigError(f"pruning: torch-pruning cannot trace {name}: {error}") from error
+        raise ValueError(f"torch-pruning cannot trace {name}: {error}") from error
     finally:
         model.train(training)  # the tracing leaves it in evaluation mode
     groups = [_read(graph, group, name) for group in found]
     groups = [group for group in groups if group.consumers]
     if not groups:
-        raise ConfigError(f"pruning: {name} has no channels that could be removed")
+        raise ValueError(f"{name} has no channels that could be removed")
     return graph, groups
 
 
@@ -78,12 +77,12 @@ def _read(graph: Any, found: Any, name: str) -> ChannelGroup:
             continue  # an activation, a sum: it keeps zeros, which OTO checks
         dense = isinstance(layer, nn.Linear) or (isinstance(layer, nn.Conv2d) and layer.groups == 1)
         if not (dense or isinstance(layer, _BatchNorm)):
-            raise ConfigError(
-                f"pruning: {name} has channels of a {type(layer).__name__}; only those of "
+            raise ValueError(
+                f"{name} has channels of a {type(layer).__name__}; only those of "
                 "convolutions, linear layers and batch norms can be removed"
             )
         if [int(index) for index in indices] != list(range(channels)):
-            raise ConfigError(f"pruning: {name} reorders its channels before {layer}")
+            raise ValueError(f"{name} reorders its channels before {layer}")
         if dense and graph.is_in_channel_pruning_fn(dependency.handler):
             consumers.append(layer.weight)
         else:
@@ -102,7 +101,7 @@ def compact(model: nn.Module, example: Tensor) -> nn.Module:
         A network with the same outputs. A group whose channels are all zero keeps one of them.
 
     Raises:
-        ConfigError: see `channel_groups`.
+        ValueError: see `channel_groups`.
     """
     small = copy.deepcopy(model)
     graph, groups = channel_groups(small, example)
@@ -125,7 +124,7 @@ def _rows(group: ChannelGroup, tensors: list[Tensor]) -> Tensor:
     return torch.cat([tensor.detach().reshape(group.channels, -1) for tensor in tensors], 1)
 
 
-class OTO(Pruning):
+class OTO(SparsityMethod):
     """Structured pruning in one training, after OTO's optimizer HESSO.
 
     After the warm-up come pruning periods of equal length. At the start of each, the least salient
@@ -153,13 +152,13 @@ class OTO(Pruning):
         end: when the last period ends, as a fraction of the run, in (0, 1].
 
     Raises:
-        ConfigError: an option is out of its range.
+        ValueError: an option is out of its range.
     """
 
     def __init__(self, sparsity: float, periods: int = 10, end: float = 0.5) -> None:
-        check(number(sparsity) and 0 <= sparsity < 1, "pruning.sparsity", sparsity, "in [0, 1)")
-        check(whole(periods) and periods > 0, "pruning.periods", periods, "a positive whole number")
-        check(number(end) and 0 < end <= 1, "pruning.end", end, "in (0, 1]")
+        check(number(sparsity) and 0 <= sparsity < 1, "sparsity", sparsity, "in [0, 1)")
+        check(whole(periods) and periods > 0, "periods", periods, "a positive whole number")
+        check(number(end) and 0 < end <= 1, "end", end, "in (0, 1]")
         self.sparsity = sparsity
         self.periods = periods
         self.end = end
@@ -173,7 +172,7 @@ class OTO(Pruning):
         most = sum(sizes) - len(sizes)
         check(
             self._target <= most,
-            "pruning.sparsity",
+            "sparsity",
             self.sparsity,
             f"at most {most / sum(sizes):.4f} for this model, so that no layer loses all channels",
         )
@@ -265,7 +264,7 @@ def _check_zero_invariance(model: nn.Module, example: Tensor) -> None:
     """Cuts zeroed channels out of a copy and compares the outputs, before anything is trained.
 
     Raises:
-        ConfigError: they differ, so that the graph has missed something of this model.
+        ValueError: they differ, so that the graph has missed something of this model.
     """
     trial = copy.deepcopy(model).eval()
     with torch.enable_grad():  # the tracing follows the backward graph
@@ -277,7 +276,7 @@ def _check_zero_invariance(model: nn.Module, example: Tensor) -> None:
     expected, outputs = trial(example), small(example)
     scale = float(expected.abs().max())
     if not torch.allclose(outputs, expected, rtol=1e-3, atol=1e-3 * scale):
-        raise ConfigError(
-            f"pruning: {type(model).__name__} without some zero channels does not give the same "
+        raise ValueError(
+            f"{type(model).__name__} without some zero channels does not give the same "
             "outputs: torch-pruning has not understood it"
         )

@@ -13,9 +13,8 @@ from torch import Tensor, nn
 from torch.autograd.function import FunctionCtx
 from torch.nn.utils import parametrize
 
-from pnorm_decay.baselines.base import Loss, Pruning
+from pnorm_decay.baselines.base import Loss, SparsityMethod, check, number, whole
 from pnorm_decay.optim import split_decayed
-from pnorm_decay.training.settings import ConfigError, check, number, whole
 
 # A factor's magnitude when it is drawn, in its standard deviations before rescaling.
 FACTOR_RANGE = (0.1, 2.0)
@@ -23,7 +22,7 @@ LOWEST_THRESHOLD = 1e-13  # a weight below it counts as zero anyway
 BISECTIONS = 12  # of the 13 or so decades above it, which leaves hundredths of a decade
 
 
-class Reparametrised(Pruning):
+class Reparametrised(SparsityMethod):
     """Trains every decayed weight as a function of other tensors, and ends in a plain model.
 
     The functions are registered by `torch.nn.utils.parametrize`, so that any optimizer trains the
@@ -39,11 +38,11 @@ class Reparametrised(Pruning):
         tolerance: nats, in [0, inf).
 
     Raises:
-        ConfigError: tolerance is out of its range.
+        ValueError: tolerance is out of its range.
     """
 
     def __init__(self, tolerance: float) -> None:
-        check(number(tolerance) and tolerance >= 0, "pruning.tolerance", tolerance, "at least 0")
+        check(number(tolerance) and tolerance >= 0, "tolerance", tolerance, "at least 0")
         self.tolerance = tolerance
         self._finished = False
 
@@ -57,11 +56,11 @@ class Reparametrised(Pruning):
         decayed = [name for name, _ in split_decayed(model)[0]]
         every_name = [name for name, _ in model.named_parameters(remove_duplicate=False)]
         if len(every_name) != len(list(model.parameters())):
-            raise ConfigError("pruning: modules share a parameter, which cannot be reparametrised")
+            raise ValueError("modules share a parameter, which cannot be reparametrised")
         for name in decayed:
             owner, _, leaf = name.rpartition(".")
             if not bool(model.get_parameter(name).detach().any()):
-                raise ConfigError(f"pruning: {name} is zero, where its factors would never move")
+                raise ValueError(f"{name} is zero, where its factors would never move")
             function = self.parametrization()
             parametrize.register_parametrization(model.get_submodule(owner), leaf, function)
 
@@ -145,14 +144,12 @@ class Factorised(Reparametrised):
         tolerance: see `Reparametrised`.
 
     Raises:
-        ConfigError: an option is out of its range.
+        ValueError: an option is out of its range.
     """
 
     def __init__(self, factors: int, tolerance: float) -> None:
         super().__init__(tolerance)
-        check(
-            whole(factors) and factors >= 2, "pruning.factors", factors, "a whole number from 2 on"
-        )
+        check(whole(factors) and factors >= 2, "factors", factors, "a whole number from 2 on")
         self.factors = factors
 
     @classmethod
@@ -224,17 +221,15 @@ class ReWA(Reparametrised):
         tolerance: see `Reparametrised`.
 
     Raises:
-        ConfigError: an option is out of its range.
+        ValueError: an option is out of its range.
     """
 
     def __init__(self, power: int, order: float, eps: float, tolerance: float) -> None:
         super().__init__(tolerance)
         odd = whole(power) and power >= 3 and power % 2 == 1
-        check(odd, "pruning.power", power, "an odd whole number from 3 on")
-        check(
-            number(order) and 0 <= order < power - 1, "pruning.order", order, f"in [0, {power - 1})"
-        )
-        check(number(eps) and eps >= 0, "pruning.eps", eps, "at least 0")
+        check(odd, "power", power, "an odd whole number from 3 on")
+        check(number(order) and 0 <= order < power - 1, "order", order, f"in [0, {power - 1})")
+        check(number(eps) and eps >= 0, "eps", eps, "at least 0")
         self.power = power
         self.order = order
         self.eps = eps

@@ -36,7 +36,8 @@ from omegaconf import DictConfig, open_dict
 
 from pnorm_decay.training import stopping
 from pnorm_decay.training.progress import TOTAL, console
-from pnorm_decay.training.run import ProcessDiedError, RunError, git_commit, record_lost
+from pnorm_decay.training.provenance import git_commit
+from pnorm_decay.training.run import ProcessDiedError, RunError, record_lost
 from pnorm_decay.training.settings import cores
 
 LOOK_SECONDS = 0.2  # between two looks at whether the sweep was asked to stop

@@ -100,7 +100,7 @@ def run_line(
     )
 
 
-def report(error: Exception) -> None:
+def print_error(error: Exception) -> None:
     """Says what the user can mend; Hydra spreads a short message over many lines."""
     message = str(error)
     if isinstance(error, HydraException | OmegaConfBaseException):

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
 from functools import partial
+from typing import Self
 
+from pydantic import Field, model_validator
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
 from pnorm_decay.optim import OptionScheduler, TargetSparsity, ramp
-from pnorm_decay.training.settings import ConfigError, check, number
+from pnorm_decay.training.settings import COUNT_OR_0, FRACTION, Checked, ConfigError
+
+NON_NEGATIVE = "a finite number of at least 0"
 
 
 def warmup_cosine(step: int, *, steps: int, warmup: int, final_fraction: float) -> float:
@@ -28,8 +31,7 @@ def warmup_cosine(step: int, *, steps: int, warmup: int, final_fraction: float) 
     return final_fraction + (1 - final_fraction) * (1 + math.cos(math.pi * progress)) / 2
 
 
-@dataclass(frozen=True)
-class WarmupCosine:
+class WarmupCosine(Checked):
     """What `configs/schedule/*.yaml` sets.
 
     Attributes:
@@ -38,18 +40,17 @@ class WarmupCosine:
         final_fraction: the last step's lr as a fraction of lr, in [0, 1].
     """
 
-    warmup_epochs: float | None = None
-    warmup_steps: int | None = None
-    final_fraction: float = 0.01
+    warmup_epochs: float | None = Field(
+        None, ge=0, allow_inf_nan=False, description=f"{NON_NEGATIVE} or null"
+    )
+    warmup_steps: int | None = Field(None, ge=0, description=f"{COUNT_OR_0} or null")
+    final_fraction: float = Field(0.01, ge=0, le=1, description="a number in [0, 1]")
 
-    def __post_init__(self) -> None:
-        for name in ("warmup_epochs", "warmup_steps"):
-            value = getattr(self, name)
-            check(value is None or value >= 0, f"schedule.{name}", value, "at least 0")
+    @model_validator(mode="after")
+    def _has_one_length(self) -> Self:
         if self.warmup_epochs is not None and self.warmup_steps is not None:
-            raise ConfigError("schedule.warmup_epochs and schedule.warmup_steps: set one of them")
-        value = self.final_fraction
-        check(0 <= value <= 1, "schedule.final_fraction", value, "in [0, 1]")
+            raise ValueError("schedule.warmup_epochs and schedule.warmup_steps: set one of them")
+        return self
 
     def warmup(self, steps: int, steps_per_epoch: int | None) -> int:
         """The length of the warm-up in steps, for a run of ``steps``."""
@@ -75,32 +76,43 @@ class WarmupCosine:
         return LambdaLR(optimizer, factor)
 
 
-def check_way(begin: float, end: float) -> None:
-    """Raises a ConfigError unless begin and end are fractions of a run, one before the other."""
-    check(number(begin) and 0 <= begin < 1, "decay_schedule.begin", begin, "in [0, 1)")
-    check(number(end) and begin < end <= 1, "decay_schedule.end", end, "in (begin, 1]")
+class Way(Checked):
+    """Where in a run an option changes.
+
+    Attributes:
+        begin: where its way begins, as a fraction of the run, in [0, 1).
+        end: where its way ends, in (begin, 1].
+    """
+
+    begin: float = Field(0.0, ge=0, lt=1, description=FRACTION)
+    end: float = Field(0.2, gt=0, le=1, description="a number in (0, 1]")
+
+    @model_validator(mode="after")
+    def _goes_forwards(self) -> Self:
+        if self.end <= self.begin:
+            raise ValueError(
+                f"decay_schedule.end={self.end}: must be a number in (begin, 1], and begin is "
+                f"{self.begin}"
+            )
+        return self
 
 
-@dataclass(frozen=True)
-class DecaySchedule:
+class DecaySchedule(Way):
     """What `configs/decay_schedule/*.yaml` sets: one option's way to the value that it was given.
 
     Attributes:
         option: an option of the optimizer's groups, such as "p" or "lambda_p"; None: no schedule.
-        start: its value up to ``begin``.
-        begin: where the way begins, as a fraction of the run, in [0, 1).
-        end: where the option has reached the value that the optimizer was given, in (begin, 1].
+        start: its value up to ``begin``; at ``end`` it has the value that the optimizer was given.
     """
 
-    option: str | None = None
-    start: float = 0.0
-    begin: float = 0.0
-    end: float = 0.2
+    option: str | None = Field(None, description="an option of the optimizer or null")
+    start: float = Field(0.0, ge=0, allow_inf_nan=False, description=NON_NEGATIVE)
 
-    def __post_init__(self) -> None:
-        lowest = self.start > 0 if self.option == "p" else self.start >= 0
-        check(lowest and self.start < math.inf, "decay_schedule.start", self.start, "a valid value")
-        check_way(self.begin, self.end)
+    @model_validator(mode="after")
+    def _starts_at_a_valid_p(self) -> Self:
+        if self.option == "p" and self.start == 0:
+            raise ValueError(f"decay_schedule.start={self.start}: p must be a positive number")
+        return self
 
     def attach(self, optimizer: Optimizer, steps: int) -> list[OptionScheduler]:
         """The scheduler for a run of ``steps``, or none."""
@@ -122,24 +134,16 @@ class DecaySchedule:
             ) from error
 
 
-@dataclass(frozen=True)
-class TargetSchedule:
+class TargetSchedule(Way):
     """What `configs/decay_schedule/target_sparsity.yaml` sets: see `TargetSparsity`.
 
     Attributes:
-        sparsity: the fraction of zeros that the run ends with, in (0, 1).
-        begin: where in the run sparsity begins to rise, in [0, 1).
-        end: where it has reached the target, in (begin, 1].
+        sparsity: the fraction of zeros that the run ends with, in (0, 1); it rises from ``begin``
+            on and is reached at ``end``.
     """
 
-    sparsity: float
-    begin: float = 0.0
-    end: float = 0.6
-
-    def __post_init__(self) -> None:
-        value = self.sparsity
-        check(number(value) and 0 < value < 1, "decay_schedule.sparsity", value, "in (0, 1)")
-        check_way(self.begin, self.end)
+    sparsity: float = Field(gt=0, lt=1, description="a number in (0, 1)")
+    end: float = Field(0.6, gt=0, le=1, description="a number in (0, 1]")
 
     def attach(self, optimizer: Optimizer, steps: int) -> list[TargetSparsity]:
         """The controller for a run of ``steps``."""

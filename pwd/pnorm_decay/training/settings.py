@@ -1,40 +1,333 @@
-"""The trainer's settings, checked before anything is trained."""
+"""A run's settings: the composed config, turned once into typed models and checked."""
 
 from __future__ import annotations
 
-import math
+import inspect
+import json
 import os
-from dataclasses import dataclass, fields
+import typing
+from collections.abc import Callable, Mapping
+from typing import Annotated, Any, ClassVar, Literal, Self
 
 import torch
-from omegaconf import OmegaConf
+from hydra.utils import get_object
+from omegaconf import DictConfig, OmegaConf
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, create_model, model_validator
+from pydantic.errors import PydanticSchemaGenerationError, PydanticUndefinedAnnotation
 
-PRECISIONS = ("auto", "fp32", "bf16", "fp16")
-DEVICES = ("auto", "cpu", "cuda")
+# What a value may be, as a message says it after "must be".
+FRACTION = "a number in [0, 1)"
+STRENGTH = "a finite number of at least 0"
+POSITIVE = "a positive number"
+COUNT = "a positive whole number"
+COUNT_OR_0 = "a whole number of at least 0"
+FLAG = "true or false"
+NAME = "a name"
+FOLDER = "a folder"
+
+# Classes that the ids of recorded runs know by another name.
+RENAMED = {"pnorm_decay.baselines.Pruning": "pnorm_decay.baselines.NoPruning"}
+# The decay's strength under its name in each optimizer; undecayed parameters get 0.
+DECAY_OPTIONS = ("lambda_p", "weight_decay")
+LARGEST = 2**31 - 1  # of a whole number; a larger one is a slip, and some libraries overflow
 
 
 class ConfigError(ValueError):
     """A config that cannot be run; the message is one line that names the key and the value."""
 
 
-def check(condition: bool, key: str, value: object, wanted: str) -> None:
-    """Raises a ConfigError that names the key, the value and what was wanted."""
-    if not condition:
-        raise ConfigError(f"{key}={value}: must be {wanted}")
+class Checked(BaseModel):
+    """A model that takes no value for what it is not: no 1 for true, no "1" for 1."""
+
+    model_config = ConfigDict(strict=True, frozen=True, extra="forbid")
+
+    @classmethod
+    def checked(cls, config: Mapping[str, Any], key: str = "") -> Self:
+        """The settings in a part of the config.
+
+        Args:
+            config: plain values, lists and dictionaries.
+            key: where the part stands in the whole, for messages; "" for the whole.
+
+        Raises:
+            ConfigError: a value is missing, unknown, of the wrong type or out of its range.
+        """
+        try:
+            # In JSON a list stands for a tuple, a text for a path, and nothing else is guessed.
+            return cls.model_validate_json(json.dumps(config))
+        except ValidationError as error:
+            raise ConfigError(explain(error, cls, config, key)) from None
+        except TypeError as error:
+            raise ConfigError(f"{key or 'config'}: {error}") from None
 
 
-def whole(value: object) -> bool:
-    """Whether a value is a whole number; True and False are not."""
-    return isinstance(value, int) and not isinstance(value, bool)
+def explain(
+    error: ValidationError, model: type[BaseModel], config: Mapping[str, Any], key: str = ""
+) -> str:
+    """The first thing that pydantic found, in one line: the key, its value, what is allowed."""
+    first = error.errors(include_url=False)[0]
+    path, fields, wanted = [key] if key else [], model, None
+    found: Any = config
+    for part in first["loc"]:
+        names = {field.alias or name: field for name, field in fields.model_fields.items()}
+        if part in names:
+            wanted, kind = names[part].description, names[part].annotation
+        elif first["type"] != "extra_forbidden":
+            break  # a place in a list, or one of several types
+        path.append(str(part))
+        found = found.get(part) if isinstance(found, Mapping) else None
+        if part not in names or not (inspect.isclass(kind) and issubclass(kind, BaseModel)):
+            break
+        fields = kind
+    name = ".".join(path)
+    if first["type"] == "value_error":  # of our own checks, which say everything
+        return str(first["ctx"]["error"])
+    if first["type"] == "missing":
+        return f"{name}: is missing; must be {wanted}"
+    if first["type"] == "extra_forbidden":
+        known = ", ".join(sorted(field.alias or n for n, field in fields.model_fields.items()))
+        return f"{name}={shown(found)}: no such setting; there are {known}"
+    return f"{name}={shown(found)}: must be {wanted or allowed(first['msg'])}"
 
 
-def number(value: object) -> bool:
-    """Whether a value is a finite number; True and False are not."""
-    return not isinstance(value, bool) and isinstance(value, int | float) and math.isfinite(value)
+def allowed(message: str) -> str:
+    """What pydantic's message says that a value should be."""
+    return message.removeprefix("Input should be ").removeprefix("Value error, ")
 
 
-@dataclass(frozen=True)
-class TrainerSettings:
+def shown(value: object) -> str:
+    """A value as one would write it in a config, cut short where it is long."""
+    if isinstance(value, float):
+        return f"{value:g}"
+    text = value if isinstance(value, str) else json.dumps(value, default=str)
+    text = " ".join(text.split())
+    return text if len(text) <= 80 else f"{text[:79]}…"
+
+
+class Part(Checked):
+    """A config group that names a class and its options; `building.py` makes the object.
+
+    Attributes:
+        target: the class's (or function's) full name.
+    """
+
+    model_config = ConfigDict(extra="allow", protected_namespaces=())
+    GROUP: ClassVar[str] = ""  # where the config has it
+    LABELS: ClassVar[set[str]] = set()  # what is not an option of the class but for records
+    LATER: ClassVar[set[str]] = set()  # what the class is given besides
+
+    target: str = Field(alias="_target_", description="the full name of a class", min_length=1)
+
+    @model_validator(mode="after")
+    def _has_no_null(self) -> Self:
+        for name in type(self).model_fields.keys() & self.model_fields_set:
+            if getattr(self, name) is None:  # the default of what the class may not know
+                wanted = type(self).model_fields[name].description
+                raise ValueError(f"{self.GROUP}.{name}=null: must be {wanted}")
+        return self
+
+    @property
+    def config(self) -> dict[str, Any]:
+        """The group as it was composed."""
+        return self.model_dump(mode="json", by_alias=True, exclude_unset=True)
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """What the class is given."""
+        return {k: v for k, v in self.config.items() if k not in {"_target_", *self.LABELS}}
+
+    def check_options(self, group: str) -> None:
+        """Compares the options with the signature of the class: their names and types.
+
+        Raises:
+            ConfigError: the class cannot be found, or an option is not one of its own.
+        """
+        try:
+            kind = get_object(self.target)
+        except Exception as error:  # whatever the module raises when it is imported
+            reason = " ".join(str(error).split())
+            raise ConfigError(
+                f"{group}._target_={self.target}: cannot be found: {reason}"
+            ) from error
+        if not callable(kind):
+            raise ConfigError(f"{group}._target_={self.target}: must be a class or a function")
+        check_signature(kind, self.options, self.LATER, group)
+
+
+def check_signature(
+    kind: Callable[..., Any], options: Mapping[str, Any], later: set[str], group: str
+) -> None:
+    """Raises a ConfigError unless ``options`` are arguments of ``kind``, of the right types."""
+    if inspect.isclass(kind) and issubclass(kind, BaseModel):
+        return  # it says more about its fields when it is made
+    parameters = inspect.signature(kind).parameters
+    others = inspect.Parameter.VAR_KEYWORD in {p.kind for p in parameters.values()}
+    named = {
+        name: parameter
+        for name, parameter in parameters.items()
+        if parameter.kind in (parameter.POSITIONAL_OR_KEYWORD, parameter.KEYWORD_ONLY)
+    }
+    for name, value in options.items():
+        if name in later or (name not in named and not others):
+            known = ", ".join(sorted(named.keys() - later)) or "none"
+            title = getattr(kind, "__name__", str(kind))
+            raise ConfigError(
+                f"{group}.{name}={shown(value)}: {title} has no such option; there are {known}"
+            )
+    for name, parameter in named.items():
+        if parameter.default is parameter.empty and name not in later and name not in options:
+            raise ConfigError(f"{group}.{name}: is missing")
+    hints = type_hints(kind)
+    for name, value in options.items():
+        if name in hints:
+            try:
+                model = create_model(
+                    "Option",
+                    __config__=ConfigDict(strict=True, arbitrary_types_allowed=True),
+                    value=(hints[name], ...),
+                )
+            except (PydanticSchemaGenerationError, PydanticUndefinedAnnotation):
+                continue  # a type that only the class itself can check
+            try:
+                model.model_validate_json(json.dumps({"value": value}))
+            except ValidationError as error:
+                wanted = allowed(error.errors(include_url=False)[0]["msg"])
+                raise ConfigError(f"{group}.{name}={shown(value)}: must be {wanted}") from None
+
+
+def type_hints(kind: Callable[..., Any]) -> dict[str, Any]:
+    """The types of a class's or function's arguments, as far as they can be found out."""
+    try:
+        return typing.get_type_hints(kind.__init__ if inspect.isclass(kind) else kind)
+    except Exception:  # a name that only a type checker knows
+        return {}
+
+
+class DataSettings(Part):
+    """What `configs/data/*.yaml` set: a `Dataset`."""
+
+    NOT_IDENTITY: ClassVar[set[str]] = {"path", "cache_dir"}
+
+
+class ModelSettings(Part):
+    """What `configs/model/*.yaml` set: an `nn.Module`."""
+
+    LATER: ClassVar[set[str]] = {"num_classes", "in_channels", "vocab_size"}
+
+
+class OptimizerSettings(Part):
+    """What `configs/optimizer/*.yaml` set; options that are not named here go to the class too.
+
+    Attributes:
+        method: the method's name in records and figures.
+        lr: the learning rate after the warm-up.
+    """
+
+    GROUP: ClassVar[str] = "optimizer"
+    LABELS: ClassVar[set[str]] = {"method"}
+    LATER: ClassVar[set[str]] = {"params"}
+
+    method: str = Field(pattern=r"^\w[\w.-]*$", description=NAME)
+    lr: float = Field(ge=0, allow_inf_nan=False, description=STRENGTH)
+    betas: (
+        tuple[Annotated[float, Field(ge=0, lt=1)], Annotated[float, Field(ge=0, lt=1)]] | None
+    ) = Field(None, description="two numbers in [0, 1)")
+    eps: float | None = Field(None, ge=0, allow_inf_nan=False, description=STRENGTH)
+    momentum: float | None = Field(None, ge=0, allow_inf_nan=False, description=STRENGTH)
+    p: float | None = Field(None, ge=0, allow_inf_nan=False, description=STRENGTH)
+    lambda_p: float | None = Field(None, ge=0, allow_inf_nan=False, description=STRENGTH)
+    weight_decay: float | None = Field(None, ge=0, allow_inf_nan=False, description=STRENGTH)
+
+    @property
+    def decay(self) -> float:
+        """The decay's strength, lambda_p or the weight decay; 0 where there is neither."""
+        set_here = (getattr(self, option) for option in DECAY_OPTIONS)
+        return next((value for value in set_here if value is not None), 0.0)
+
+    @property
+    def exponent(self) -> float:
+        """The p of the decay; that of a weight decay is 2."""
+        return 2.0 if self.p is None else self.p
+
+    @model_validator(mode="after")
+    def _names_its_method(self) -> Self:
+        if self.method == "l1" and self.p != 1:
+            raise ValueError(f"optimizer.p={self.p}: l1 has p=1; optimizer=proximal has any p")
+        of_name = METHODS.get(self.method)
+        if of_name is not None and self.target != of_name:
+            raise ValueError(
+                f"optimizer.method={self.method}: {self.target} is not that method; "
+                "must be a name that no method has"
+            )
+        return self
+
+
+# Names of methods that stand for one optimizer alone.
+METHODS = {
+    "adamw": "torch.optim.AdamW",
+    "sgd": "torch.optim.SGD",
+    "pwd": "pnorm_decay.AdamPWD",
+    "exact": "pnorm_decay.AdamPWD",
+    "sgd_pwd": "pnorm_decay.SGDPWD",
+    "l1": "pnorm_decay.baselines.ProximalAdam",
+    "proximal": "pnorm_decay.baselines.ProximalAdam",
+    "coupled": "pnorm_decay.baselines.CoupledAdam",
+}
+
+
+class PruningSettings(Part):
+    """What `configs/pruning/*.yaml` set: a `SparsityMethod`.
+
+    Attributes:
+        name: the method's name in records and figures, or "none".
+        sparsity: what the method is asked for, where it is asked for one.
+    """
+
+    GROUP: ClassVar[str] = "pruning"
+    LABELS: ClassVar[set[str]] = {"name"}
+
+    name: str = Field(pattern=r"^\w[\w.-]*$", description=NAME)
+    sparsity: float | None = Field(None, ge=0, lt=1, description=FRACTION)
+
+    @property
+    def exponent(self) -> float | None:
+        """The p that the method itself determines, or None."""
+        return get_object(self.target).exponent(self.options)
+
+    @property
+    def is_none(self) -> bool:
+        return self.name == "none"
+
+    @model_validator(mode="after")
+    def _is_named(self) -> Self:
+        if self.is_none != (self.target == "pnorm_decay.baselines.NoPruning"):
+            raise ValueError(f"pruning.name={self.name}: {self.target} must have another name")
+        return self
+
+
+class ScheduleSettings(Part):
+    """What `configs/schedule/*.yaml` and `configs/decay_schedule/*.yaml` set."""
+
+
+class LoggerSettings(Checked):
+    """What `configs/logger/*.yaml` set.
+
+    Attributes:
+        mode: W&B's: "offline", "online" or "disabled".
+        project: W&B's project.
+        entity: W&B's entity, or None for the user's own.
+        dir: where W&B keeps its files.
+    """
+
+    mode: Literal["offline", "online", "disabled"] = Field(
+        description="one of offline, online, disabled"
+    )
+    project: str = Field(min_length=1, description=NAME)
+    entity: str | None = Field(description="a name or null")
+    dir: str = Field(min_length=1, description=FOLDER)
+
+
+class TrainerSettings(Checked):
     """What `configs/trainer/*.yaml` sets.
 
     Attributes:
@@ -54,74 +347,42 @@ class TrainerSettings:
         save_model: whether the trained weights stay in the run folder as ``model.pt``.
     """
 
-    epochs: float | None = None
-    steps: int | None = None
-    batch_size: int = 100
-    val_batch_size: int = 1000
-    eval_every: int | None = None
-    clip_grad_norm: float | None = None
-    precision: str = "auto"
-    device: str = "auto"
-    threads: int | str = "auto"
-    channels_last: bool = True
-    compile: bool = False
-    checkpoint_minutes: float = 5.0
-    save_model: bool = True
-
     # What changes how a run is done but not what it finds: no part of a run's identity.
-    NOT_IDENTITY = (
+    NOT_IDENTITY: ClassVar[set[str]] = {
         "val_batch_size",
         "device",
         "threads",
         "compile",
         "checkpoint_minutes",
         "save_model",
+    }
+
+    epochs: float | None = Field(None, gt=0, lt=LARGEST, description=f"{POSITIVE} or null")
+    steps: int | None = Field(None, gt=0, le=LARGEST, description=f"{COUNT} or null")
+    batch_size: int = Field(100, gt=0, le=LARGEST, description=COUNT)
+    val_batch_size: int = Field(1000, gt=0, le=LARGEST, description=COUNT)
+    eval_every: int | None = Field(None, gt=0, le=LARGEST, description=f"{COUNT} or null")
+    clip_grad_norm: float | None = Field(
+        None, gt=0, allow_inf_nan=False, description=f"{POSITIVE} or null"
     )
+    precision: Literal["auto", "fp32", "bf16", "fp16"] = Field(
+        "auto", description="one of auto, fp32, bf16, fp16"
+    )
+    device: Literal["auto", "cpu", "cuda"] = Field("auto", description="one of auto, cpu, cuda")
+    threads: Annotated[int, Field(gt=0, le=4096)] | Literal["auto"] = Field(
+        "auto", description="auto or a whole number from 1 to 4096"
+    )
+    channels_last: bool = Field(True, description=FLAG)
+    compile: bool = Field(False, description=FLAG)
+    checkpoint_minutes: float = Field(5.0, gt=0, allow_inf_nan=False, description=POSITIVE)
+    save_model: bool = Field(True, description=FLAG)
 
-    def __post_init__(self) -> None:
-        lengths = (self.epochs is None) + (self.steps is None)
-        if lengths != 1:
-            raise ConfigError(
-                f"trainer.epochs={self.epochs}, trainer.steps={self.steps}: set exactly one of them"
-            )
-        for name in ("epochs", "clip_grad_norm", "checkpoint_minutes"):
-            value = getattr(self, name)
-            optional = name != "checkpoint_minutes"
-            check(
-                (value is None and optional) or (number(value) and value > 0),
-                f"trainer.{name}",
-                value,
-                "a positive number",
-            )
-        for name in ("steps", "batch_size", "val_batch_size", "eval_every"):
-            value = getattr(self, name)
-            optional = name in ("steps", "eval_every")
-            check(
-                (value is None and optional) or (whole(value) and value > 0),
-                f"trainer.{name}",
-                value,
-                "a positive whole number",
-            )
-        for name in ("channels_last", "compile", "save_model"):
-            value = getattr(self, name)
-            check(isinstance(value, bool), f"trainer.{name}", value, "true or false")
-        check(
-            self.threads == "auto" or (whole(self.threads) and int(self.threads) > 0),
-            "trainer.threads",
-            self.threads,
-            "auto or a positive whole number",
-        )
-        options = ", ".join(PRECISIONS)
-        check(self.precision in PRECISIONS, "trainer.precision", self.precision, options)
-        check(self.device in DEVICES, "trainer.device", self.device, ", ".join(DEVICES))
-
-    @classmethod
-    def from_config(cls, config: dict[str, object]) -> TrainerSettings:
-        """Settings from the config group ``trainer``; an unknown key is a ConfigError."""
-        known = {field.name for field in fields(cls)}
-        for key in config:
-            check(key in known, "trainer." + key, config[key], f"one of {', '.join(sorted(known))}")
-        return cls(**config)  # type: ignore[arg-type]
+    @model_validator(mode="after")
+    def _has_one_length(self) -> Self:
+        if (self.epochs is None) == (self.steps is None):
+            lengths = f"trainer.epochs={shown(self.epochs)}, trainer.steps={shown(self.steps)}"
+            raise ValueError(f"{lengths}: set exactly one of them")
+        return self
 
     def total_steps(self, steps_per_epoch: int | None) -> int:
         """The length of training in optimizer steps."""
@@ -164,6 +425,97 @@ class TrainerSettings:
         if "OMP_NUM_THREADS" in os.environ:  # as a cluster or torchrun has decided
             return max(1, int(os.environ["OMP_NUM_THREADS"]))
         return max(1, cores() // workers)
+
+
+class Settings(Checked):
+    """Everything that a run is made of: the composed config, see `configs/train.yaml`.
+
+    Attributes:
+        data, model, optimizer, pruning, schedule, decay_schedule, trainer, logger: config groups.
+        seed: of weights, data order and dropout.
+        experiment_name: ``<scale>/<name>``.
+        sweep_name: the sweep's name, or "none".
+        runs_dir: where run folders are.
+        results_dir: where recorded rows are.
+        skip_recorded: whether a run with a recorded row is done.
+        repeat_best: whether only runs are done whose seed 0 is recorded as a best one.
+        betas, grid, point, sweeps, repeat_seeds: what other values and `sweep.py` refer to.
+    """
+
+    # What determines a run's result, with parts of the groups left out: see their NOT_IDENTITY.
+    IDENTITY: ClassVar[tuple[str, ...]] = (
+        "data",
+        "model",
+        "optimizer",
+        "pruning",
+        "schedule",
+        "decay_schedule",
+        "trainer",
+        "seed",
+    )
+
+    # NumPy's and Python's generators take 32 bits.
+    seed: int = Field(ge=0, lt=2**32, description="a whole number from 0 to 4294967295")
+    experiment_name: str = Field(
+        pattern=r"^\w[\w.-]*/\w[\w.-]*$", description="<scale>/<name>, as experiment=... gives it"
+    )
+    sweep_name: str = Field(min_length=1, description=NAME)
+    runs_dir: str = Field(min_length=1, description=FOLDER)
+    results_dir: str = Field(min_length=1, description=FOLDER)
+    skip_recorded: bool = Field(True, description=FLAG)
+    repeat_best: bool = Field(False, description=FLAG)
+    data: DataSettings = Field(description="a choice of data=...")
+    model: ModelSettings = Field(description="a choice of model=...")
+    optimizer: OptimizerSettings = Field(description="a choice of optimizer=...")
+    pruning: PruningSettings = Field(description="a choice of pruning=...")
+    schedule: ScheduleSettings = Field(description="a choice of schedule=...")
+    decay_schedule: ScheduleSettings = Field(description="a choice of decay_schedule=...")
+    trainer: TrainerSettings = Field(description="a choice of trainer=...")
+    logger: LoggerSettings = Field(description="a choice of logger=...")
+    betas: Any = None
+    grid: dict[str, Any] = Field(default_factory=dict, description="values that sweeps refer to")
+    point: dict[str, Any] = Field(default_factory=dict, description="values of one point")
+    sweeps: list[str] = Field(default_factory=list, description="a list of sweeps")
+    repeat_seeds: Any = None
+
+    @classmethod
+    def from_config(cls, cfg: DictConfig | Mapping[str, Any]) -> Self:
+        """The settings of a composed config, every option of every group checked.
+
+        Raises:
+            ConfigError: something is missing, unknown, out of its range, or does not go together.
+            OmegaConfBaseException: an interpolation leads nowhere.
+        """
+        config: Any = cfg
+        if isinstance(cfg, DictConfig):
+            config = OmegaConf.to_container(cfg, resolve=True)
+        if isinstance(config.get("pruning"), Mapping):
+            pruning = config["pruning"]
+            target = pruning.get("_target_")
+            config = config | {"pruning": pruning | {"_target_": RENAMED.get(target, target)}}
+        settings = cls.checked(config)
+        for group in ("data", "model", "optimizer", "pruning", "schedule", "decay_schedule"):
+            getattr(settings, group).check_options(group)
+        return settings
+
+    @property
+    def config(self) -> dict[str, Any]:
+        """The config as it was composed: plain values, lists and dictionaries."""
+        return self.model_dump(mode="json", by_alias=True, exclude_unset=True)
+
+    @property
+    def target_sparsity(self) -> float | None:
+        """The sparsity that lambda_p is steered to, or None where it is not steered."""
+        return self.decay_schedule.options.get("sparsity")
+
+    @model_validator(mode="after")
+    def _goes_together(self) -> Self:
+        if not self.pruning.is_none and self.target_sparsity is not None:
+            raise ValueError(
+                f"pruning={self.pruning.name}, decay_schedule=target_sparsity: "
+                "both make zeros; use one of them"
+            )
+        return self
 
 
 def cores() -> int:

@@ -23,14 +23,13 @@ from torch import Tensor, nn
 from pnorm_decay.files import write_text
 from pnorm_decay.optim import split_decayed
 from pnorm_decay.sparsity import layer_sparsity
-from pnorm_decay.training.settings import ConfigError
+from pnorm_decay.training.settings import ConfigError, LoggerSettings
 
 METRICS_FILE = "metrics.csv"
 WEIGHTS_FILE = "weights.csv"
 LOG_WEIGHT_RANGE = (-20.0, 2.0)  # of log10|w|; exact zeros and smaller weights: the first bin
 LOG_WEIGHT_BINS = 88  # four a decade
 LARGEST_COUNT = 2**24  # that torch.histc is exact to: it counts in float32
-MODES = ("offline", "online", "disabled")
 
 Row = dict[str, Any]  # of numbers
 
@@ -68,7 +67,7 @@ class Tracker:
 
     Args:
         run_dir: the run's folder.
-        logger: the config group ``logger``: mode, project, entity, dir.
+        logger: the config group ``logger``.
         run_id: the run's id, also W&B's.
         experiment: ``<scale>/<name>``.
         sweep: the sweep's name, or "none".
@@ -81,7 +80,7 @@ class Tracker:
     def __init__(
         self,
         run_dir: Path,
-        logger: Mapping[str, Any],
+        logger: LoggerSettings,
         *,
         run_id: str,
         experiment: str,
@@ -91,14 +90,12 @@ class Tracker:
         config: dict[str, Any],
         enabled: bool = True,
     ) -> None:
-        if logger["mode"] not in MODES:
-            raise ConfigError(f"logger.mode={logger['mode']}: must be one of {', '.join(MODES)}")
         self.run_dir = run_dir
         self.enabled = enabled
         self.history: list[Row] = []
         self._weights: list[Row] = []
         logging.getLogger("wandb").setLevel(logging.ERROR)
-        Path(logger["dir"]).mkdir(parents=True, exist_ok=True)
+        Path(logger.dir).mkdir(parents=True, exist_ok=True)
         # Statistics, console capture and code saving cost seconds a run; a demo sweep is hundreds.
         settings = wandb.Settings(
             silent=True,
@@ -112,10 +109,10 @@ class Tracker:
         )
         try:
             self._wandb = wandb.init(
-                mode=logger["mode"] if enabled else "disabled",
-                project=logger["project"],
-                entity=logger["entity"],
-                dir=logger["dir"],
+                mode=logger.mode if enabled else "disabled",
+                project=logger.project,
+                entity=logger.entity,
+                dir=logger.dir,
                 id=run_id,
                 resume="allow",
                 name=name,
@@ -128,7 +125,7 @@ class Tracker:
             )
         except wandb.errors.Error as error:
             raise ConfigError(
-                f"logger.mode={logger['mode']}: W&B could not start ({error}); "
+                f"logger.mode={logger.mode}: W&B could not start ({error}); "
                 "logger.mode=offline needs no account and no network"
             ) from None
 

@@ -1,0 +1,129 @@
+"""The objects that settings describe: data, model, optimizer, schedules, sparsity method."""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+import torch
+from hydra.errors import InstantiationException
+from hydra.utils import get_object, instantiate
+from pydantic import ValidationError
+from torch import Tensor, nn
+from torch.nn import Parameter
+from torch.optim import Optimizer
+
+from pnorm_decay.baselines import SparsityMethod
+from pnorm_decay.data import DataError, Dataset
+from pnorm_decay.optim import split_decayed
+from pnorm_decay.training.schedule import DecaySchedule, TargetSchedule, WarmupCosine
+from pnorm_decay.training.settings import (
+    DECAY_OPTIONS,
+    ConfigError,
+    OptimizerSettings,
+    Part,
+    Settings,
+    explain,
+)
+
+
+def build(group: str, part: Part, **later: Any) -> Any:
+    """Makes the object of a config group.
+
+    Args:
+        group: the group's name, for messages.
+        part: the group's settings.
+        later: arguments that no config has.
+
+    Raises:
+        ConfigError: the class does not take the options; one line that names the group.
+        DataError: the data set is not there.
+    """
+    try:
+        return instantiate({"_target_": part.target, **part.options}, _convert_="all", **later)
+    except InstantiationException as error:
+        cause = error.__cause__ or error
+        if isinstance(cause, DataError):
+            raise cause from None
+        if isinstance(cause, ValidationError):
+            line = explain(cause, get_object(part.target), part.options, group)
+            raise ConfigError(line) from cause
+        raise config_error(group, cause) from cause
+
+
+def config_error(group: str, error: BaseException) -> ConfigError:
+    """What went wrong in a config group as one line: "group.option=..." or "group: ..."."""
+    text = " ".join(str(error).split()) or type(error).__name__
+    return ConfigError(f"{group}{'.' if re.match(r'[a-z_]+=', text) else ': '}{text}")
+
+
+def build_data(settings: Settings) -> Dataset:
+    """The data set; nothing is read yet."""
+    return build("data", settings.data)
+
+
+def build_model(settings: Settings, data: Dataset) -> nn.Module:
+    """A freshly drawn model, on the CPU, for a data set that is set up."""
+    return build("model", settings.model, **data.model_args)
+
+
+def build_method(settings: Settings) -> SparsityMethod:
+    """What makes zeros beside the optimizer."""
+    return build("pruning", settings.pruning)
+
+
+def set_up_method(
+    method: SparsityMethod, model: nn.Module, example: Tensor, *, steps: int, warmup: int
+) -> None:
+    """As ``SparsityMethod.setup``; what it cannot be applied to is a ConfigError."""
+    try:
+        method.setup(model, example, steps=steps, warmup=warmup)
+    except ValueError as error:
+        raise config_error("pruning", error) from error
+
+
+def build_schedule(settings: Settings) -> WarmupCosine:
+    """The learning rate's schedule."""
+    return build("schedule", settings.schedule)
+
+
+def build_decay_schedule(settings: Settings) -> DecaySchedule | TargetSchedule:
+    """The schedule of the decay's options."""
+    return build("decay_schedule", settings.decay_schedule)
+
+
+def build_optimizer(settings: OptimizerSettings, model: nn.Module) -> Optimizer:
+    """The configured optimizer over the model's decayed and undecayed parameters."""
+    decayed, undecayed = split_decayed(model)
+    options = settings.options
+    off: dict[str, Any] = {option: 0.0 for option in DECAY_OPTIONS if option in options}
+    if "hold_zeros" in options:
+        off["hold_zeros"] = False
+    if not any(parameter.is_cuda for parameter in model.parameters()):
+        # torch's default step on a CPU; AdamPWD's, which is faster, would round differently from
+        # that of the recorded runs.
+        off["foreach"] = False
+    groups: list[dict[str, Any]] = [
+        {"params": [parameter for _, parameter in decayed]},
+        {"params": [parameter for _, parameter in undecayed], **off},
+    ]
+    make = instantiate({"_target_": settings.target, **options, "_partial_": True}, _convert_="all")
+    try:
+        return make([group for group in groups if group["params"]])
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise config_error("optimizer", error) from error
+
+
+def check_optimizer(settings: OptimizerSettings) -> None:
+    """Raises a ConfigError unless the optimizer takes its options, before there is a model."""
+    trial = nn.Module()
+    trial.weight, trial.bias = Parameter(torch.ones(1, 1)), Parameter(torch.ones(1))
+    build_optimizer(settings, trial)
+
+
+def steps_per_epoch(data: Dataset, batch_size: int) -> int | None:
+    """As ``Dataset.steps_per_epoch``, for a batch size from the config."""
+    try:
+        return data.steps_per_epoch(batch_size)
+    except ValueError as error:
+        raise ConfigError(f"trainer.batch_size={batch_size}: {error}") from error

@@ -1,0 +1,84 @@
+"""What tells runs apart: a run's id, its columns in records, its name."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from typing import Any
+
+from pnorm_decay.training.settings import RENAMED, Settings
+
+
+def identity(settings: Settings, label: str) -> str:
+    """A hash of what determines a run's result: no paths, devices, loggers or names.
+
+    Args:
+        settings: the run's settings.
+        label: what the data are, see ``Dataset.identity``.
+    """
+    text = json.dumps(_canonical({"label": label, **determining(settings)}), sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()[:12]
+
+
+def determining(settings: Settings) -> dict[str, Any]:
+    """The part of the config that determines a run's result, under the names of recorded ids."""
+    config = settings.config
+    what = {key: config[key] for key in settings.IDENTITY}
+    for group in ("data", "trainer"):
+        left_out = getattr(settings, group).NOT_IDENTITY
+        what[group] = {key: v for key, v in config[group].items() if key not in left_out}
+    if what["trainer"].get("precision") == "auto":
+        # "auto" stands for bf16, as on the machines of the recorded runs; what it is elsewhere is
+        # another run.
+        trainer = settings.trainer
+        precision = trainer.resolve_precision(trainer.resolve_device())
+        what["trainer"]["precision"] = "auto" if precision == "bf16" else precision
+    recorded = {new: old for old, new in RENAMED.items()}
+    target = settings.pruning.target
+    what["pruning"] = what["pruning"] | {"_target_": recorded.get(target, target)}
+    return what
+
+
+def _canonical(value: Any) -> Any:
+    """The same value for what is equal: 1 and 1.0 give one hash."""
+    if isinstance(value, Mapping):
+        return {key: _canonical(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_canonical(item) for item in value]
+    if isinstance(value, int) and not isinstance(value, bool):
+        return float(value)
+    return value
+
+
+def hyperparameters(settings: Settings) -> dict[str, Any]:
+    """Method, p, lambda_p, lr, seed and target sparsity as records name them.
+
+    AdamW's decay is that of p = 2, so its weight decay stands as lambda_p. With pruning, the method
+    is the pruning's, and so is p where the pruning determines it.
+    """
+    optimizer, pruning = settings.optimizer, settings.pruning
+    method, p, target = optimizer.method, optimizer.exponent, pruning.sparsity
+    decay: float | None = optimizer.decay
+    if not pruning.is_none:
+        method = pruning.name
+        p = p if pruning.exponent is None else pruning.exponent
+    if settings.target_sparsity is not None:  # lambda_p is steered: it is no setting
+        method, decay, target = f"{method}_target", None, settings.target_sparsity
+    return {
+        "method": method,
+        "p": float(p),
+        "lambda_p": None if decay is None else float(decay),
+        "lr": float(optimizer.lr),
+        "seed": settings.seed,
+        "target_sparsity": target,
+    }
+
+
+def run_name(settings: Settings) -> str:
+    """What a person reads in a list of runs."""
+    what = hyperparameters(settings)
+    strength = "" if what["lambda_p"] is None else f" lambda_p={what['lambda_p']:g}"
+    name = "{method} p={p:g}{strength} lr={lr:g} seed={seed}".format(**what, strength=strength)
+    target = what["target_sparsity"]
+    return name if target is None else f"{name} sparsity={target}"
