@@ -86,13 +86,20 @@ def main() -> None:
     words = sys.argv[1:]
     end = words.index("--") if "--" in words else len(words)
     arguments, overrides = parser.parse_args(words[:end]), words[end + 1 :]
-    if arguments.workers:
+    if arguments.workers is not None:
+        if arguments.workers < 1:
+            parser.error(f"--workers {arguments.workers}: must be at least 1")
         overrides.append(f"hydra.launcher.n_jobs={arguments.workers}")
     experiments = sorted((CONFIGS / "experiment" / arguments.scale).glob("*.yaml"))
     wanted = arguments.experiments or [path.stem for path in experiments]
     for name in wanted:
         if name not in [path.stem for path in experiments]:
             parser.error(f"--experiments {name}: not in configs/experiment/{arguments.scale}")
+    names = {sweep for p in experiments if p.stem in wanted for sweep in sweeps_of(p, None)}
+    for sweep in arguments.sweeps or []:
+        if sweep not in names:
+            known = ", ".join(sorted(names))
+            parser.error(f"--sweeps {sweep}: no sweep of these experiments; there are {known}")
     failed = []
     for path in experiments:
         repeats = repeats_of(path) if arguments.repeat_best else []

@@ -15,26 +15,13 @@ if __name__ == "__main__":
     signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 import hydra
-from hydra.errors import HydraException
+from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
-from omegaconf.errors import OmegaConfBaseException
 
-from pnorm_decay.data import DataError
-from pnorm_decay.records import RecordError
 from pnorm_decay.training import stopping
-from pnorm_decay.training.progress import console, in_sweep, print_error
-from pnorm_decay.training.run import RunError, run
-from pnorm_decay.training.settings import ConfigError
-
-USER_ERRORS = (
-    ConfigError,
-    DataError,
-    RecordError,
-    RunError,
-    OSError,
-    HydraException,
-    OmegaConfBaseException,
-)
+from pnorm_decay.training.errors import print_error
+from pnorm_decay.training.progress import console, in_sweep
+from pnorm_decay.training.run import run
 
 
 @hydra.main(version_base="1.3", config_path="../configs", config_name="train")
@@ -45,11 +32,14 @@ def main(cfg: DictConfig) -> None:
         raise stopping.Stopped
     try:
         run(cfg)
-    except USER_ERRORS as error:
+    except Exception as error:
         if in_sweep():
             raise  # the other runs go on; Hydra raises it again when they are done
         print_error(error)
         sys.exit(2)
+    if not in_sweep() and HydraConfig.get().sweeper.get("params"):
+        choice = HydraConfig.get().runtime.choices["sweep"]
+        console.print(f"this was one run; with -m, sweep={choice} does all of its runs")
 
 
 if __name__ == "__main__":
@@ -60,7 +50,7 @@ if __name__ == "__main__":
             main()
             if stopping.requested():
                 raise stopping.Stopped
-        except USER_ERRORS as error:
+        except Exception as error:
             print_error(error)
             sys.exit(2)
         except KeyboardInterrupt:

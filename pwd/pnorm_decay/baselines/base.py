@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
@@ -35,6 +35,9 @@ class SparsityMethod:
     subclass overrides what it needs; what it must remember between two steps goes into
     `state_dict`, so that a run which was cut off goes on exactly.
     """
+
+    # Whether the p of records is that of an L2 decay on what the method has put behind the weights.
+    NEEDS_L2_DECAY: ClassVar[bool] = False
 
     @classmethod
     def exponent(cls, options: Mapping[str, Any]) -> float | None:

@@ -41,6 +41,8 @@ class Reparametrised(SparsityMethod):
         ValueError: tolerance is out of its range.
     """
 
+    NEEDS_L2_DECAY = True
+
     def __init__(self, tolerance: float) -> None:
         check(number(tolerance) and tolerance >= 0, "tolerance", tolerance, "at least 0")
         self.tolerance = tolerance

@@ -39,6 +39,7 @@ from pnorm_decay.training.progress import TOTAL, console
 from pnorm_decay.training.provenance import git_commit
 from pnorm_decay.training.run import ProcessDiedError, RunError, record_lost
 from pnorm_decay.training.settings import cores
+from pnorm_decay.training.tracking import LoggerError
 
 LOOK_SECONDS = 0.2  # between two looks at whether the sweep was asked to stop
 
@@ -196,6 +197,9 @@ def launch(
                     left.appendleft(job)
                     pid = worker.process.pid
                     console.print(f"process {pid} was asked to stop; a new one goes on for it")
+                if result is not None and left and logging_failed(result):
+                    console.print(f"the other {len(left)} runs are left out, for the same reason")
+                    left.clear()
                 # After a failure, such as a full memory, a process may not be what it was.
                 if result is not None and result.status == JobStatus.COMPLETED:
                     _idle.append(worker)
@@ -207,6 +211,11 @@ def launch(
     if stopping.requested():
         raise stopping.Stopped
     return [ended[number] for number in sorted(ended)]
+
+
+def logging_failed(ended: JobReturn) -> bool:
+    """Whether a run failed because W&B cannot be used, which takes a minute to find out."""
+    return isinstance(ended._return_value, LoggerError)
 
 
 def _start(common: bytes, number: int, overrides: Sequence[str]) -> Worker:

@@ -9,9 +9,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from hydra.core.hydra_config import HydraConfig
-from hydra.errors import HydraException
 from hydra.types import RunMode
-from omegaconf.errors import OmegaConfBaseException
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
@@ -98,14 +96,6 @@ def run_line(
         f"{position}{name}: accuracy {record['val_accuracy']:.2f} %, "
         f"sparsity {record['sparsity']:.4f}, {record['seconds']:.1f} s{note}"
     )
-
-
-def print_error(error: Exception) -> None:
-    """Says what the user can mend; Hydra spreads a short message over many lines."""
-    message = str(error)
-    if isinstance(error, HydraException | OmegaConfBaseException):
-        message = " ".join(f"{message} {error.__cause__ or ''}".split())
-    console.print("error:", message, style="red")
 
 
 def training_progress(shown: bool = True) -> Progress:

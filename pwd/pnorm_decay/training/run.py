@@ -140,7 +140,7 @@ def _run(run: Run) -> dict[str, Any] | None:
             except Exception as error:
                 record_failure(run, error)
                 where = run.folder / records.FAILURE_FILE
-                raise RunError(f"{run.name}: {error} (see {where})") from error
+                raise RunError(f"{run.name}: {reason_of(error)} (see {where})") from error
         elif record is None:
             console.print(f"{sweep_position()}{run.name}: left to the process that is doing it")
     return record
@@ -215,10 +215,15 @@ def make_record(run: Run, outcome: Outcome, provenance: Mapping[str, Any]) -> di
     return run.columns | outcome.metrics | ended | made
 
 
+def reason_of(error: BaseException) -> str:
+    """An error's type and the first line of its message."""
+    return f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"
+
+
 def record_failure(run: Run, error: Exception) -> None:
     """Leaves in the run's folder what went wrong; the run is not complete and is tried again."""
-    reason = f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"
-    record = run.columns | {"status": "failed", "reason": reason, "commit": git_commit()}
+    ended = {"status": "failed", "reason": reason_of(error), "commit": git_commit()}
+    record = run.columns | ended
     trace = "".join(traceback.format_exception(error))
     failure = {"config": run.settings.config, "record": record, "traceback": trace}
     records.write_failure(run.folder, failure)

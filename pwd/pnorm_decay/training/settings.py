@@ -422,9 +422,13 @@ class TrainerSettings(Checked):
         """CPU threads of this process, given how many work beside each other."""
         if self.threads != "auto":
             return int(self.threads)
-        if "OMP_NUM_THREADS" in os.environ:  # as a cluster or torchrun has decided
-            return max(1, int(os.environ["OMP_NUM_THREADS"]))
-        return max(1, cores() // workers)
+        given = os.environ.get("OMP_NUM_THREADS", "").strip()  # by a cluster or torchrun
+        if not given:
+            return max(1, cores() // workers)
+        first = given.partition(",")[0].strip()  # a list has a number for each level of nesting
+        if not first.isdecimal() or int(first) == 0:
+            raise ConfigError(f"OMP_NUM_THREADS={shown(given)}: must be {COUNT}, or several")
+        return int(first)
 
 
 class Settings(Checked):
@@ -496,7 +500,20 @@ class Settings(Checked):
         settings = cls.checked(config)
         for group in ("data", "model", "optimizer", "pruning", "schedule", "decay_schedule"):
             getattr(settings, group).check_options(group)
+        settings.check_method()
         return settings
+
+    def check_method(self) -> None:
+        """Raises a ConfigError where a run would not be the method that its record names."""
+        pruning, optimizer = self.pruning, self.optimizer
+        if not get_object(pruning.target).NEEDS_L2_DECAY:
+            return
+        needs = f"pruning={pruning.name} has p={pruning.exponent:g} by L2 decay of what it trains"
+        if optimizer.exponent != 2:
+            chosen = f"optimizer={optimizer.method}, optimizer.p={shown(optimizer.exponent)}"
+            raise ConfigError(f"{chosen}: {needs}; use optimizer=adamw")
+        if (option := self.decay_schedule.options.get("option")) == "p":
+            raise ConfigError(f"decay_schedule.option={option}: {needs}; use decay_schedule=none")
 
     @property
     def config(self) -> dict[str, Any]:

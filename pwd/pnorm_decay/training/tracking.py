@@ -17,7 +17,6 @@ from typing import Any
 
 import numpy as np
 import torch
-import wandb
 from torch import Tensor, nn
 
 from pnorm_decay.files import write_text
@@ -94,40 +93,17 @@ class Tracker:
         self.enabled = enabled
         self.history: list[Row] = []
         self._weights: list[Row] = []
-        logging.getLogger("wandb").setLevel(logging.ERROR)
-        Path(logger.dir).mkdir(parents=True, exist_ok=True)
-        # Statistics, console capture and code saving cost seconds a run; a demo sweep is hundreds.
-        settings = wandb.Settings(
-            silent=True,
-            console="off",
-            save_code=False,
-            disable_git=True,
-            disable_job_creation=True,
-            x_save_requirements=False,  # a tenth of a demo run; the lock file has them
-            x_disable_stats=True,
-            x_disable_machine_info=True,
-        )
-        try:
-            self._wandb = wandb.init(
-                mode=logger.mode if enabled else "disabled",
-                project=logger.project,
-                entity=logger.entity,
-                dir=logger.dir,
+        self._wandb: Any = None
+        if enabled and logger.mode != "disabled":
+            self._wandb = start_wandb(
+                logger,
                 id=run_id,
-                resume="allow",
                 name=name,
                 group=experiment if sweep == "none" else f"{experiment}/{sweep}",
                 job_type=method,
                 tags=[*experiment.split("/"), method],
                 config=config,
-                settings=settings,
-                reinit="finish_previous",
             )
-        except wandb.errors.Error as error:
-            raise ConfigError(
-                f"logger.mode={logger.mode}: W&B could not start ({error}); "
-                "logger.mode=offline needs no account and no network"
-            ) from None
 
     def __enter__(self) -> Tracker:
         return self
@@ -140,7 +116,8 @@ class Tracker:
     ) -> None:
         # An unfinished run would swallow the next run of this process.
         with contextlib.suppress(Exception):
-            self._wandb.finish(exit_code=0 if kind is None else 1)
+            if self._wandb is not None:
+                self._wandb.finish(exit_code=0 if kind is None else 1)
 
     def state_dict(self) -> dict[str, Any]:
         """What a checkpoint must hold."""
@@ -166,12 +143,65 @@ class Tracker:
             return
         write_csv(self.run_dir / METRICS_FILE, self.history)
         write_csv(self.run_dir / WEIGHTS_FILE, self._weights)
-        if self._wandb.disabled:
+        if self._wandb is None:
             return
+        import wandb
+
         shown = {f"weights/sparsity/{name}": value for name, value in layers.items()}
         histogram = wandb.Histogram(np_histogram=(counts, edges))
         self._wandb.log({**row, **shown, "weights/log10_abs": histogram}, step=int(row["step"]))
 
     def summarise(self, record: Mapping[str, Any]) -> None:
         """Puts the run's record into W&B's summary."""
-        self._wandb.summary.update(dict(record))
+        if self._wandb is not None:
+            self._wandb.summary.update(dict(record))
+
+
+class LoggerError(ConfigError):
+    """W&B cannot be used here: no other run of a sweep could use it."""
+
+
+def start_wandb(logger: LoggerSettings, **run: Any) -> Any:
+    """W&B's run, for one of ours.
+
+    Args:
+        logger: its mode, project, entity, folder.
+        run: what W&B is told of the run.
+
+    Raises:
+        LoggerError: W&B is not installed or could not start.
+    """
+    hint = "logger.mode=offline needs no account and no network, logger=none no W&B"
+    try:
+        import wandb
+    except ImportError as error:
+        raise LoggerError(f"logger.mode={logger.mode}: {error}; {hint}") from None
+    logging.getLogger("wandb").setLevel(logging.ERROR)
+    Path(logger.dir).mkdir(parents=True, exist_ok=True)
+    try:
+        # Statistics, console capture and code saving cost seconds a run; a demo sweep is hundreds.
+        settings = wandb.Settings(
+            silent=True,
+            console="off",
+            save_code=False,
+            disable_git=True,
+            disable_job_creation=True,
+            x_save_requirements=False,  # a tenth of a demo run; the lock file has them
+            x_disable_stats=True,
+            x_disable_machine_info=True,
+        )
+        return wandb.init(
+            mode=logger.mode,
+            project=logger.project,
+            entity=logger.entity,
+            dir=logger.dir,
+            resume="allow",
+            settings=settings,
+            reinit="finish_previous",
+            **run,
+        )
+    except (wandb.errors.Error, ValueError) as error:
+        reason = " ".join(str(error).split())
+        raise LoggerError(
+            f"logger.mode={logger.mode}: W&B could not start ({reason}); {hint}"
+        ) from None
