@@ -5,6 +5,8 @@ READY := .venv/.ready
 UV_VERSION := 0.13.9
 
 SCALE ?= demo
+# A demo sweep is done again on every machine, whole, and its rows are that machine's own.
+COLLECT := $(if $(filter demo,$(SCALE)),--anew)
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
@@ -33,9 +35,9 @@ data: $(READY) ## fetch CIFAR-10 and Tiny Shakespeare into data/
 
 sweep: $(READY) ## run what is missing of the SCALE sweeps (demo, cpu or paper) and record it
 	$(BIN)/python experiments/sweep.py $(SCALE)
-	$(BIN)/python scripts/collect.py --scale $(SCALE)
+	$(BIN)/python scripts/collect.py --scale $(SCALE) $(COLLECT)
 	$(BIN)/python experiments/sweep.py $(SCALE) --repeat-best
-	$(BIN)/python scripts/collect.py --scale $(SCALE)
+	$(BIN)/python scripts/collect.py --scale $(SCALE) $(COLLECT)
 
 figures: $(READY) ## draw every figure and table from results/*/*.csv
 	$(BIN)/python experiments/toy.py

@@ -95,6 +95,9 @@ def main() -> None:
                     errors.append(unreadable)
                 else:
                     draw(figure, folder / scale / f"weights_{experiment.name}", args.format)
+    for experiment in experiments:
+        if experiment.without:
+            console.print(experiment.without)
     for error in errors:
         console.print(f"error: {error}")
     sys.exit(2 if errors else 0)

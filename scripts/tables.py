@@ -48,6 +48,9 @@ def main() -> None:
     experiments, errors = load_all(args.results, args.scale or SCALES)
     for experiment in experiments:
         write_tables(experiment, args.results / "tables" / experiment.scale)
+    for experiment in experiments:
+        if experiment.without:
+            console.print(experiment.without)
     for error in errors:
         console.print(f"error: {error}")
     sys.exit(2 if errors else 0)

@@ -5,6 +5,7 @@ import csv
 import pandas as pd
 import pytest
 
+from figures.made_up import frame, run
 from pnorm_decay import records
 from pnorm_decay.records import COLUMNS, RecordError
 
@@ -23,10 +24,12 @@ def test_rows_survive_the_file(tmp_path):
     assert written["val_accuracy"].isna().tolist() == [True, False]
 
 
-def test_a_new_row_replaces_the_old_one_and_the_others_stay(tmp_path):
+def test_a_new_row_replaces_an_old_one_where_that_is_asked_for(tmp_path):
     path = tmp_path / "x.csv"
     records.write(path, pd.DataFrame([record("a", lr=1.0), record("b", lr=2.0)]))
-    frame = records.write(path, pd.DataFrame([record("b", lr=3.0)]))
+    frame = records.write(path, pd.DataFrame([record("b", lr=4.0)]))
+    assert dict(zip(frame["run_id"], frame["lr"], strict=True)) == {"a": 1.0, "b": 2.0}
+    frame = records.write(path, pd.DataFrame([record("b", lr=3.0)]), replace=True)
     assert dict(zip(frame["run_id"], frame["lr"], strict=True)) == {"a": 1.0, "b": 3.0}
     frame = records.write(path, pd.DataFrame([record("c")]), keep=False)
     assert list(frame["run_id"]) == ["c"]
@@ -94,6 +97,22 @@ def with_line(number, line):
     return change
 
 
+def test_a_failed_row_is_replaced_by_whatever_comes(tmp_path):
+    path = tmp_path / "x.csv"
+    records.write(path, pd.DataFrame([record("a", status="failed"), record("b", status="failed")]))
+    again = pd.DataFrame([record("a", status="finished"), record("b", status="failed", lr=1.0)])
+    frame = records.write(path, again)
+    assert frame["status"].tolist() == ["finished", "failed"]
+
+
+def test_runs_of_the_same_overrides_are_comparable():
+    rows = [run(run_id="a"), run(run_id="b") | {"overrides": "model.n_embd=48"}]
+    rows.append(run(run_id="c") | {"overrides": "model.n_embd=48"})
+    assert records.are_comparable(frame(rows)).tolist() == [True, False, False]
+    others = frame([*rows[1:], run() | {"overrides": "trainer.steps=20"}])
+    assert records.are_comparable(others).tolist() == [True, True, False]
+
+
 def with_value(name, value):
     def change(text: str) -> bytes:
         rows = list(csv.DictReader(text.splitlines()))
@@ -110,7 +129,7 @@ def conflict(text: str) -> bytes:
 
 # What is done to a results file, and what the one line says of it.
 BROKEN = {
-    "a merge conflict": (conflict, "line 2: 1 values, but the table has 25 columns"),
+    "a merge conflict": (conflict, f"line 2: 1 values, but the table has {len(COLUMNS)} columns"),
     "a cut row": (lambda text: text[: text.rindex(",9") + 2].encode(), "line 3: "),
     "a cut last value": (lambda text: text[:-2].encode(), "line 3: it ends within the line"),
     "no run": (with_value("run_id", ""), "line 3: there is no run_id"),
@@ -137,7 +156,7 @@ def test_a_broken_results_file_is_one_line_and_stays_as_it_is(run_program, tmp_p
     change, message = BROKEN[name]
     path = tmp_path / "results" / "cpu" / "digits.csv"
     rows = [record(run_id, val_accuracy=91.5, val_precision="fp32") for run_id in "ab"]
-    rows = [row | {"val_accuracy_recalibrated": 91.25} for row in rows]
+    rows = [row | {"val_accuracy_recalibrated": 91.25, "overrides": "x=1"} for row in rows]
     records.write(path, pd.DataFrame(rows))
     path.write_bytes(change(path.read_text()))
     before = path.read_bytes()
@@ -186,7 +205,7 @@ def test_columns_that_somebody_added_stay(tmp_path):
     lines = path.read_text().splitlines()
     noted = [f"{line},{note}" for line, note in zip(lines, ("note", "mine", ""), strict=True)]
     path.write_text("\n".join(noted) + "\n")
-    records.write(path, pd.DataFrame([record("a", lr=1.0), record("c")]))
+    records.write(path, pd.DataFrame([record("a", lr=1.0), record("c")]), replace=True)
     frame = records.read(path)
     assert dict(zip(frame["run_id"], frame["note"].fillna(""), strict=True)) == {
         "a": "mine",

@@ -57,3 +57,9 @@ def test_worth_repeating_at_targets():
     assert chosen == {"pwd at 0.5", "pwd at 0.9"}
     assert selection.best_at_target(frame(rows[4:]))["run_id"].tolist() == ["IMP at 0.9"]
     assert "IMP at 0.9" in selection.worth_repeating(frame(rows))
+
+
+def test_each_kind_of_run_is_repeated_at_its_own_best():
+    wide = run("adamw", accuracy=99.0, run_id="wide") | {"overrides": "model.n_embd=48"}
+    rows = [run("adamw", accuracy=90.0, run_id="narrow"), wide]
+    assert selection.worth_repeating(frame(rows)) == {"narrow", "wide"}

@@ -27,6 +27,8 @@ FAILURE_FILE = "failure.json"
 # target_sparsity: what a pruning method or TargetSparsity was asked for (OTO: of the channels).
 # val_precision: of the last evaluation; val_accuracy_recalibrated: with batch-norm statistics
 # estimated anew on 50 training batches, empty without batch norms and in older rows.
+# overrides: what sets a run apart from its experiment's file beside the other columns, for instance
+# "model.n_embd=48"; empty for a run of the experiment as it stands, and in older rows.
 COLUMNS = {
     "run_id": "string",
     "method": "string",
@@ -53,8 +55,9 @@ COLUMNS = {
     "target_sparsity": "float64",
     "val_precision": "string",
     "val_accuracy_recalibrated": "float64",
+    "overrides": "string",
 }
-ADDED = {"val_precision", "val_accuracy_recalibrated"}  # files from before lack them
+ADDED = {"val_precision", "val_accuracy_recalibrated", "overrides"}  # files from before lack them
 REQUIRED = ("run_id", "method", "status")  # of every record
 STATUSES = ("finished", "diverged", "failed")
 PERCENT, FRACTION, POSITIVE = (0.0, 100.0), (0.0, 1.0), (0.0, math.inf)
@@ -238,24 +241,46 @@ def read(path: Path) -> pd.DataFrame:
     return frame
 
 
-def write(path: Path, rows: pd.DataFrame, *, keep: bool = True) -> pd.DataFrame:
-    """Writes rows to a results file, sorted, one row a run, a new row in the place of an old one.
+def are_comparable(rows: pd.DataFrame) -> pd.Series:
+    """Which runs differ in nothing but what the other columns tell: those of the same overrides.
+
+    Args:
+        rows: recorded runs of one experiment.
+
+    Returns:
+        A mask: of the runs of the experiment as it stands or, where none of them has finished, of
+        the most frequent overrides.
+    """
+    overrides = rows["overrides"].fillna("")
+    finished = overrides[rows["status"].eq("finished").fillna(False)]
+    own = finished.empty or finished.eq("").any()
+    return overrides == ("" if own else finished.mode().iloc[0])
+
+
+def write(
+    path: Path, rows: pd.DataFrame, *, keep: bool = True, replace: bool = False
+) -> pd.DataFrame:
+    """Writes rows to a results file, sorted, one row a run.
 
     Args:
         path: ``results/<scale>/<name>.csv``.
-        rows: new rows, with the columns of ``COLUMNS``; a failed one does not replace an old one.
-        keep: whether rows already in the file, of other runs, stay.
+        rows: new rows; a column of ``COLUMNS`` that they lack stays empty.
+        keep: whether rows already in the file stay.
+        replace: whether the new row of a run that is in the file takes the old one's place; that
+            of a failed run always does so, and is never what does so.
 
     Returns:
         What the file now holds; also what somebody added to it in columns of their own.
     """
-    frame = rows[list(COLUMNS)].astype(COLUMNS)
+    frame = rows.reindex(columns=list(COLUMNS)).astype(COLUMNS)
     old = read(path) if path.exists() else frame.head(0)
     added = old.set_index("run_id")[list(old.columns.difference(list(COLUMNS), sort=False))]
     frame = frame.join(added, on="run_id")
     if keep:
-        failed = frame["status"].eq("failed").fillna(False)
+        failed, failed_before = (f["status"].eq("failed").fillna(False) for f in (frame, old))
         frame = frame[~(failed & frame["run_id"].isin(old["run_id"]))]
+        if not replace:
+            frame = frame[~frame["run_id"].isin(old["run_id"][~failed_before])]
         frame = pd.concat([old[~old["run_id"].isin(frame["run_id"])], frame])
     order = ["method", "p", "lambda_p", "lr", "seed", "run_id"]
     frame = frame.sort_values(order, kind="stable", ignore_index=True)

@@ -60,10 +60,11 @@ def worth_repeating(rows: pd.DataFrame) -> set[str]:
     done = done.assign(val_accuracy_first=done["val_accuracy"], sparsity_first=done["sparsity"])
     group = done["method"].mask(done["method"] == "pwd", "pwd " + done["p"].astype(str))
     chosen: set[str] = set()
+    changed = done["overrides"].fillna("").rename("changed")
     told = done[done["method"].isin(TOLD)]
-    for _, runs in told.groupby([told["method"].map(TOLD), "target_sparsity"]):
+    for _, runs in told.groupby([told["method"].map(TOLD), "target_sparsity", changed[told.index]]):
         chosen.update(best_at_target(runs)["run_id"])
-    for _, runs in done.groupby(group):
+    for _, runs in done.groupby([group, changed]):
         for bound in (0.0, *REPEATED_AT):
             chosen.update(best(runs, bound)["run_id"])
     return chosen

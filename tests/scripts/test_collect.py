@@ -15,28 +15,43 @@ def places(tmp_path):
     return ["--runs", str(tmp_path / "runs"), "--results", str(tmp_path / "results")]
 
 
-def finish(tmp_path, scale, run_id):
+def finish(tmp_path, scale, run_id, **values):
     folder = tmp_path / "runs" / scale / "digits" / run_id
     folder.mkdir(parents=True)
     row = dict.fromkeys(COLUMNS) | {"run_id": run_id, "method": "pwd", "status": "finished"}
+    row |= values
     records.write_result(folder, {"record": row})
     return folder
+
+
+def rates(tmp_path, scale):
+    frame = records.read(tmp_path / "results" / scale / "digits.csv")
+    return dict(zip(frame["run_id"], frame["lr"], strict=True))
 
 
 def ids(tmp_path, scale):
     return list(records.read(tmp_path / "results" / scale / "digits.csv")["run_id"])
 
 
-def test_rows_of_earlier_runs_stay_but_at_demo_scale(run_program, places, tmp_path):
-    for scale in ("demo", "cpu"):
-        finish(tmp_path, scale, "first")
+@pytest.mark.parametrize("scale", ["demo", "cpu"])
+def test_what_is_recorded_stays_unless_it_is_told_otherwise(run_program, places, tmp_path, scale):
+    for run_id in ("first", "second"):
+        finish(tmp_path, scale, run_id, lr=1.0)
     assert run_program(COLLECT, *places).code == 0
-    for scale in ("demo", "cpu"):
-        (tmp_path / "runs" / scale / "digits" / "first" / "result.json").unlink()
-        finish(tmp_path, scale, "second")
-    assert run_program(COLLECT, *places).code == 0
-    assert ids(tmp_path, "demo") == ["second"]
-    assert ids(tmp_path, "cpu") == ["first", "second"]
+    shutil.rmtree(tmp_path / "runs" / scale / "digits" / "first")
+    shutil.rmtree(tmp_path / "runs" / scale / "digits" / "second")
+    for run_id in ("second", "third"):
+        finish(tmp_path, scale, run_id, lr=2.0)
+
+    added = run_program(COLLECT, *places)
+    assert rates(tmp_path, scale) == {"first": 1.0, "second": 1.0, "third": 2.0}
+    assert "1 are recorded already and stay as they were" in added.out
+    assert run_program(COLLECT, *places, "--replace").code == 0
+    assert rates(tmp_path, scale) == {"first": 1.0, "second": 2.0, "third": 2.0}
+    anew = run_program(COLLECT, *places, "--anew")
+    assert rates(tmp_path, scale) == {"second": 2.0, "third": 2.0}
+    assert "1 recorded runs are not in" in anew.out
+    assert run_program(COLLECT, *places, "--anew", "--replace").code == 2
 
 
 def test_one_scale_alone(run_program, places, tmp_path):

@@ -8,12 +8,13 @@ from typing import Any
 import pandas as pd
 import pytest
 from hydra import compose, initialize_config_dir
+from hydra.core.hydra_config import HydraConfig
 from omegaconf import OmegaConf, open_dict
 
 from conftest import REPOSITORY
 from pnorm_decay import records
 from pnorm_decay.training import settings
-from pnorm_decay.training.identity import hyperparameters, identity, run_name
+from pnorm_decay.training.identity import hyperparameters, identity, overrides, run_name
 from pnorm_decay.training.settings import Settings
 
 RECORDED = sorted((REPOSITORY / "results").glob("[cd]*/*.csv"))
@@ -54,7 +55,15 @@ def settings_of(experiment: str, row: dict[str, Any]) -> Settings:
     return resolved(cfg, experiment)
 
 
+@pytest.fixture(autouse=True)
+def _hydra_as_it_was():
+    state = HydraConfig.instance().cfg
+    yield
+    HydraConfig.instance().cfg = state
+
+
 def resolved(cfg: Any, experiment: str) -> Settings:
+    HydraConfig.instance().set_config(cfg)
     with open_dict(cfg):
         del cfg["hydra"]
     cfg.experiment_name, cfg.sweep_name = experiment, "none"
@@ -66,7 +75,7 @@ def test_recorded_settings_have_their_recorded_ids(path, monkeypatch):
     monkeypatch.setattr(settings, "bf16_is_fast", lambda device: True)  # as where they were made
     rows = records.read(path).to_dict("records")
     assert len(rows) > 90
-    wrong = []
+    wrong, seen = [], set()
     for row in rows:
         of_row = settings_of(f"{path.parent.name}/{path.stem}", row)
         if identity(of_row, row["data"]) != row["run_id"]:
@@ -74,6 +83,9 @@ def test_recorded_settings_have_their_recorded_ids(path, monkeypatch):
         columns = hyperparameters(of_row)
         assert columns["method"] == row["method"]
         assert columns["p"] == pytest.approx(row["p"])
+        if columns["method"] not in seen:
+            assert overrides(of_row) == ""
+            seen.add(columns["method"])
     assert wrong == []
 
 
@@ -210,3 +222,35 @@ def test_the_data_and_where_they_lie():
 def test_the_columns_that_settings_determine(change, columns):
     of_change = resolved(composed("demo/resnet_digits", *change).copy(), "x/x")
     assert columns.items() <= hyperparameters(of_change).items()
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ([], ""),
+        (["optimizer.p=1", "optimizer.lambda_p=0.1", "optimizer.lr=1", "seed=7"], ""),
+        (["trainer.threads=3", "trainer.device=cpu", "runs_dir=x", "model.n_embd=32"], ""),
+        (["model.n_embd=48"], "model.n_embd=48"),
+        (["trainer.steps=20", "model.n_embd=48"], "model.n_embd=48 trainer.steps=20"),
+        (["+optimizer.weight_decay=0.1"], "optimizer.weight_decay=0.1"),
+        (["+optimizer.exact=true"], "optimizer.exact=true"),
+        (["betas=[0.8,0.9]"], "optimizer.betas=[0.8,0.9]"),
+        (["optimizer=adamw", "optimizer.weight_decay=0.3"], ""),
+        (["optimizer=adamw", "pruning=magnitude", "pruning.sparsity=0.5"], ""),
+        (["sweep=magnitude_global"], ""),
+        (["pruning=magnitude", "pruning.end=0.5"], "optimizer=pwd pruning.end=0.5"),
+        (["optimizer=sgd", "pruning=spred"], "optimizer=sgd"),
+        (["decay_schedule=target_sparsity", "decay_schedule.sparsity=0.5"], ""),
+        (["decay_schedule=target_sparsity", "decay_schedule.end=0.5"], "decay_schedule.end=0.5"),
+        (["data=digits", "data.crop_padding=3"], "data=Digits"),
+    ],
+)
+def test_overrides_are_what_no_other_column_tells(changes, words):
+    cfg = composed("demo/nanogpt_pydoc", *changes).copy()
+    assert overrides(resolved(cfg, "demo/nanogpt_pydoc")) == words
+
+
+def test_a_run_is_named_by_its_overrides():
+    cfg = composed("demo/nanogpt_pydoc", "model.n_embd=48").copy()
+    name = run_name(resolved(cfg, "demo/nanogpt_pydoc"))
+    assert name == "pwd p=0.8 lambda_p=0.001 lr=0.001 seed=0 model.n_embd=48"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -28,12 +28,15 @@ class Experiment:
     Attributes:
         scale: ``demo``, ``cpu``, ``wide`` or ``paper``.
         name: the experiment's, such as ``resnet18_cifar10``.
-        runs: one row a run, with the columns of ``pnorm_decay.records.COLUMNS``.
+        runs: one row a run, with the columns of ``pnorm_decay.records.COLUMNS``; only runs that
+            can be compared with each other, see ``records.are_comparable``.
+        left_out: the other recorded runs of the experiment.
     """
 
     scale: str
     name: str
     runs: pd.DataFrame
+    left_out: pd.DataFrame = field(default_factory=pd.DataFrame)
 
     @property
     def is_image(self) -> bool:
@@ -54,6 +57,15 @@ class Experiment:
         return self.runs[is_finished(self.runs)]
 
     @property
+    def without(self) -> str:
+        """Which recorded runs are left out, in a line; "" for none."""
+        if self.left_out.empty:
+            return ""
+        changes = self.left_out["overrides"].fillna("as it stands").value_counts(sort=False)
+        each = ", ".join(f"{change} ({_count(n, 'run')})" for change, n in changes.items())
+        return f"{self.scale}/{self.name} without {_count(len(self.left_out), 'run')}: {each}"
+
+    @property
     def data(self) -> str:
         """The data set in words; several, if runs differ, joined by ' and '."""
         return " and ".join(sorted(self.runs["data"].dropna().unique()))
@@ -62,6 +74,8 @@ class Experiment:
     def note(self) -> str:
         """What a reader must know of these runs to judge a figure of them, in a few sentences."""
         setting = "" if self.scale == "paper" else ", not the paper's setting"
+        changed = self.runs["overrides"].dropna().unique()
+        setting += f" (with {changed[0]})" if len(changed) and changed[0] else ""
         failed = int((self.runs["status"] == "failed").sum())
         counts = {"diverged": len(self.diverged) - failed, "failed": failed}
         ended = ", ".join(f"{count} {how}" for how, count in counts.items() if count)
@@ -94,7 +108,10 @@ def load(path: Path) -> Experiment:
     Raises:
         records.RecordError: the file cannot be read, lacks a column, or holds no finished run.
     """
-    experiment = Experiment(path.parent.name, path.stem, records.read(path))
+    rows = records.read(path)
+    alike = records.are_comparable(rows)
+    runs = (rows[alike].reset_index(drop=True), rows[~alike])
+    experiment = Experiment(path.parent.name, path.stem, *runs)
     if experiment.finished.empty:
         raise records.RecordError(f"{path} holds no finished run")
     return experiment

@@ -53,7 +53,8 @@ def build(group: str, part: Part, **later: Any) -> Any:
 
 def config_error(group: str, error: BaseException) -> ConfigError:
     """What went wrong in a config group as one line: "group.option=..." or "group: ..."."""
-    text = " ".join(str(error).split()) or type(error).__name__
+    # torch puts its own frames behind the first line.
+    text = str(error).strip().partition("\n")[0] or type(error).__name__
     return ConfigError(f"{group}{'.' if re.match(r'[a-z_]+=', text) else ': '}{text}")
 
 

@@ -7,7 +7,8 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
-from pnorm_decay.training.settings import RENAMED, Settings
+from pnorm_decay.training.composing import experiments_own
+from pnorm_decay.training.settings import DECAY_OPTIONS, RENAMED, Settings, shown
 
 
 def identity(settings: Settings, label: str) -> str:
@@ -75,10 +76,44 @@ def hyperparameters(settings: Settings) -> dict[str, Any]:
     }
 
 
+def overrides(settings: Settings) -> str:
+    """What sets a run apart from its experiment's file, beside what the other columns tell.
+
+    Returns:
+        Words as on the command line, such as "model.n_embd=48 trainer.steps=20"; "" for a run of
+        the experiment as it stands.
+    """
+    own = experiments_own(settings)
+    return "" if own is None else " ".join(differences(settings, own))
+
+
+def differences(settings: Settings, own: Settings) -> list[str]:
+    """The words of ``overrides``, in order, against given settings of the experiment."""
+    ours, theirs = determining(settings), determining(own)
+    decay = next((name for name in DECAY_OPTIONS if name in ours["optimizer"]), None)
+    told = {"seed", "optimizer.lr", "optimizer.p", "optimizer.method", f"optimizer.{decay}"}
+    told |= {"pruning.name", "pruning.sparsity", "decay_schedule.sparsity"}
+    words = []
+    for group in settings.IDENTITY:
+        if group == "seed":
+            continue
+        mine, its = ours[group], theirs[group]
+        if mine.get("_target_") != its.get("_target_"):
+            choice = mine.get("method") or mine.get("name") or mine["_target_"].rpartition(".")[2]
+            words.append(f"{group}={choice}")
+            continue
+        for key in sorted(mine.keys() | its.keys()):
+            name = f"{group}.{key}"
+            if name not in told and _canonical(mine.get(key)) != _canonical(its.get(key)):
+                words.append(f"{name}={shown(mine.get(key)).replace(', ', ',')}")
+    return words
+
+
 def run_name(settings: Settings) -> str:
     """What a person reads in a list of runs."""
     what = hyperparameters(settings)
     strength = "" if what["lambda_p"] is None else f" lambda_p={what['lambda_p']:g}"
     name = "{method} p={p:g}{strength} lr={lr:g} seed={seed}".format(**what, strength=strength)
     target = what["target_sparsity"]
-    return name if target is None else f"{name} sparsity={target}"
+    name = name if target is None else f"{name} sparsity={target}"
+    return f"{name} {overrides(settings)}".rstrip()

@@ -20,7 +20,7 @@ from pnorm_decay.training import checkpoint
 from pnorm_decay.training.building import build_data
 from pnorm_decay.training.claiming import LOCKS, claimed
 from pnorm_decay.training.devices import own_gpu
-from pnorm_decay.training.identity import hyperparameters, identity, run_name
+from pnorm_decay.training.identity import hyperparameters, identity, overrides, run_name
 from pnorm_decay.training.machine import make_accelerator, prepare_process
 from pnorm_decay.training.progress import (
     console,
@@ -73,7 +73,7 @@ class Run:
         """The recorded rows of its experiment."""
         return Path(self.settings.results_dir) / f"{self.settings.experiment_name}.csv"
 
-    @property
+    @cached_property
     def name(self) -> str:
         """What a person reads in a list of runs."""
         return run_name(self.settings)
@@ -83,6 +83,7 @@ class Run:
         """Its record, as far as it is known before training."""
         empty: dict[str, Any] = dict.fromkeys(records.COLUMNS)
         known = {"run_id": self.id, "data": self.data.label}
+        known["overrides"] = overrides(self.settings)
         return empty | known | hyperparameters(self.settings)
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import functools
 import inspect
 import json
 import os
@@ -12,14 +14,15 @@ from typing import Annotated, Any, ClassVar, Literal, Self
 import torch
 from hydra.utils import get_object
 from omegaconf import DictConfig, OmegaConf
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, create_model, model_validator
+from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError, model_validator
 from pydantic.errors import PydanticSchemaGenerationError, PydanticUndefinedAnnotation
 
+LARGEST = 2**31 - 1  # of a whole number; a larger one is a slip, and some libraries overflow
 # What a value may be, as a message says it after "must be".
+COUNT = f"a whole number from 1 to {LARGEST}"
 FRACTION = "a number in [0, 1)"
 STRENGTH = "a finite number of at least 0"
 POSITIVE = "a positive number"
-COUNT = "a positive whole number"
 COUNT_OR_0 = "a whole number of at least 0"
 FLAG = "true or false"
 NAME = "a name"
@@ -29,7 +32,6 @@ FOLDER = "a folder"
 RENAMED = {"pnorm_decay.baselines.Pruning": "pnorm_decay.baselines.NoPruning"}
 # The decay's strength under its name in each optimizer; undecayed parameters get 0.
 DECAY_OPTIONS = ("lambda_p", "weight_decay")
-LARGEST = 2**31 - 1  # of a whole number; a larger one is a slip, and some libraries overflow
 
 
 class ConfigError(ValueError):
@@ -177,30 +179,29 @@ def check_signature(
     for name, parameter in named.items():
         if parameter.default is parameter.empty and name not in later and name not in options:
             raise ConfigError(f"{group}.{name}: is missing")
-    hints = type_hints(kind)
+    types: dict[str, TypeAdapter[Any]] = option_types(typing.cast(typing.Hashable, kind))
     for name, value in options.items():
-        if name in hints:
+        if name in types:
             try:
-                model = create_model(
-                    "Option",
-                    __config__=ConfigDict(strict=True, arbitrary_types_allowed=True),
-                    value=(hints[name], ...),
-                )
-            except (PydanticSchemaGenerationError, PydanticUndefinedAnnotation):
-                continue  # a type that only the class itself can check
-            try:
-                model.model_validate_json(json.dumps({"value": value}))
+                types[name].validate_json(json.dumps(value))
             except ValidationError as error:
                 wanted = allowed(error.errors(include_url=False)[0]["msg"])
                 raise ConfigError(f"{group}.{name}={shown(value)}: must be {wanted}") from None
 
 
-def type_hints(kind: Callable[..., Any]) -> dict[str, Any]:
-    """The types of a class's or function's arguments, as far as they can be found out."""
+@functools.cache
+def option_types(kind: Any) -> dict[str, TypeAdapter[Any]]:
+    """What checks the arguments of a class or function, as far as their types can be found out."""
     try:
-        return typing.get_type_hints(kind.__init__ if inspect.isclass(kind) else kind)
+        hints = typing.get_type_hints(kind.__init__ if inspect.isclass(kind) else kind)
     except Exception:  # a name that only a type checker knows
         return {}
+    types = {}
+    for name, hint in hints.items():
+        with contextlib.suppress(PydanticSchemaGenerationError, PydanticUndefinedAnnotation):
+            strict = ConfigDict(strict=True, arbitrary_types_allowed=True)
+            types[name] = TypeAdapter(hint, config=strict)
+    return types
 
 
 class DataSettings(Part):
@@ -506,9 +507,10 @@ class Settings(Checked):
     def check_method(self) -> None:
         """Raises a ConfigError where a run would not be the method that its record names."""
         pruning, optimizer = self.pruning, self.optimizer
-        if not get_object(pruning.target).NEEDS_L2_DECAY:
+        p = pruning.exponent
+        if p is None or not get_object(pruning.target).NEEDS_L2_DECAY:
             return
-        needs = f"pruning={pruning.name} has p={pruning.exponent:g} by L2 decay of what it trains"
+        needs = f"pruning={pruning.name} has p={p:g} by L2 decay of what it trains"
         if optimizer.exponent != 2:
             chosen = f"optimizer={optimizer.method}, optimizer.p={shown(optimizer.exponent)}"
             raise ConfigError(f"{chosen}: {needs}; use optimizer=adamw")

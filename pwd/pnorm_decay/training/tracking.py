@@ -17,6 +17,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from pydantic import ValidationError
 from torch import Tensor, nn
 
 from pnorm_decay.files import write_text
@@ -202,6 +203,10 @@ def start_wandb(logger: LoggerSettings, **run: Any) -> Any:
         )
     except (wandb.errors.Error, ValueError) as error:
         reason = " ".join(str(error).split())
+        if isinstance(error, ValidationError):  # of a variable such as WANDB_MODE
+            first = error.errors(include_url=False)[0]
+            name = "_".join(["WANDB", *map(str, first["loc"])]).upper()
+            reason = f"{name}={first['input']}: {first['msg']}"
         raise LoggerError(
             f"logger.mode={logger.mode}: W&B could not start ({reason}); {hint}"
         ) from None
