@@ -122,17 +122,24 @@ def main() -> None:
         console.print(
             f"{len(found)} saved networks below {arguments.runs}/, {len(new)} to evaluate"
         )
+        left_out = False
         for network, path, result in track(new, "evaluating", console=console):
-            row = evaluate_saved(network, result, device, precision)
+            try:
+                row = evaluate_saved(network, result, device, precision)
+            except (ConfigError, DataError) as error:
+                console.print(f"left out: {error}")
+                left_out = True
+                continue
             record(path, row)
             name, was = run_name(Settings.from_config(result["config"])), result["record"]
             console.print(
                 f"{row['run_id']} {name}: accuracy {row['val_accuracy']:.2f} %, "
                 f"in the run {was['val_accuracy']:.2f} % ({was['device']})"
             )
-    except (ConfigError, DataError, records.RecordError, OSError) as error:
+    except (ConfigError, records.RecordError, OSError) as error:
         console.print(f"error: {error}")
         sys.exit(2)
+    sys.exit(2 if left_out else 0)
 
 
 if __name__ == "__main__":

@@ -190,14 +190,14 @@ def test_a_run_is_done_once_at_a_time(run_program, places, tmp_path, monkeypatch
     assert "left to the process that is doing it" in sweep.err
     assert not path.exists()
 
-    say = run.console.print
+    say = claiming.console.print
 
     def let_go_when_it_waits(*words: object, **style: object) -> None:
         say(*words, **style)
         if "waiting for it" in str(words):
             enough.set()
 
-    monkeypatch.setattr(run.console, "print", let_go_when_it_waits)
+    monkeypatch.setattr(claiming.console, "print", let_go_when_it_waits)
     single = run_program(TRAIN, DIGITS, *SHORT, *places)
     thread.join()
     assert single.code == 0

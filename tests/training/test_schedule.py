@@ -94,8 +94,8 @@ def test_decay_schedule_leads_to_the_given_value_and_leaves_the_undecayed_alone(
 @pytest.mark.parametrize(
     ("options", "named"),
     [
-        ({"option": "p", "start": 0.0}, "start=0.0"),
-        ({"option": "lambda_p", "start": -1.0}, "start=-1.0"),
+        ({"option": "p", "start": 0.0}, "start=0"),
+        ({"option": "lambda_p", "start": -1.0}, "start=-1"),
         ({"option": "p", "start": 2.0, "begin": 0.5, "end": 0.5}, "end=0.5"),
         ({"option": "p", "start": 2.0, "begin": -0.1}, "begin=-0.1"),
     ],
@@ -126,8 +126,8 @@ def test_a_group_without_decay_has_none_on_the_way_to_the_others_value():
 @pytest.mark.parametrize(
     ("options", "named"),
     [
-        ({"sparsity": 1.0}, "decay_schedule.sparsity=1.0"),
-        ({"sparsity": 0.9, "begin": 1.0}, "decay_schedule.begin=1.0"),
+        ({"sparsity": 1.0}, "decay_schedule.sparsity=1"),
+        ({"sparsity": 0.9, "begin": 1.0}, "decay_schedule.begin=1"),
         ({"sparsity": 0.9, "begin": 0.5, "end": 0.4}, "decay_schedule.end=0.4"),
     ],
 )

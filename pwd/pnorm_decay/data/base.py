@@ -34,6 +34,15 @@ class Dataset(ABC):
         """
 
     @property
+    def identity(self) -> str:
+        """What the data are, as a run's id holds it: the label, and more where that says too little.
+
+        Raises:
+            DataError: the source cannot be read.
+        """
+        return self.label
+
+    @property
     @abstractmethod
     def model_args(self) -> dict[str, int]:
         """What the data prescribe to the model's constructor. Available after `setup`."""

@@ -15,7 +15,7 @@ from rich.console import Console
 from rich.progress import track
 
 from pnorm_decay.data.base import DataError
-from pnorm_decay.data.cache import DAMAGED_CACHE_ERRORS, Images
+from pnorm_decay.data.cache import DAMAGED_CACHE_ERRORS, Content, Images
 from pnorm_decay.data.images import ImageDataset
 from pnorm_decay.data.sources import (
     SPLITS,
@@ -45,6 +45,8 @@ CLASSES = (
     "truck",
 )
 IMAGE_COUNT = 60_000
+# The copy that the recorded runs were trained on, as `Images.content` sums it up.
+RECORDED_COPY = "eec90e10bd2f5438e70e4e8599dc5b7672ffbabf978fde50cd6de1e7ed6d6bf0"
 IMAGE_SIZE = (32, 32)
 ORIGINAL_FOLDER = "cifar-10-batches-py"
 ORIGINAL_ARCHIVE = "cifar-10-python.tar.gz"
@@ -80,16 +82,22 @@ class CIFAR10(ImageDataset):
         self.path = Path(path) if path else None
         self.cache_dir = Path(cache_dir)
         self._found_kind: Kind | None = None
+        self._found_content: Content | None = None
 
     @property
     def label(self) -> str:
-        """What the pixels are; after `setup`, with the number of images if some are missing."""
+        """What the pixels are, with the number of images if some are missing."""
         label = "CIFAR-10, JPEG copy" if self._kind == "jpeg" else "CIFAR-10"
-        if self._loaded is None:
+        if self._content is None or self._content.count == IMAGE_COUNT:
             return label
-        count = len(self._loaded.train_labels) + len(self._loaded.val_labels)
-        expected = IMAGE_COUNT
-        return label if count == expected else f"{label}, {count:,} of {expected:,} images"
+        return f"{label}, {self._content.count:,} of {IMAGE_COUNT:,} images"
+
+    @property
+    def identity(self) -> str:
+        """The label, and a checksum of a copy's pixels unless it is the one of the recorded runs."""
+        if self._content is None or self._content.sha256 == RECORDED_COPY:
+            return self.label
+        return f"{self.label}, sha256 {self._content.sha256}"
 
     def prepare(self) -> Path:
         """Decode the images into the cache unless they are there.
@@ -108,6 +116,18 @@ class CIFAR10(ImageDataset):
         if self._found_kind is None:
             self._found_kind = find_kind(self.path) if self.path else "original"
         return self._found_kind
+
+    @property
+    def _content(self) -> Content | None:
+        """Of a copy, which is decoded for it if it was not yet; None for the original itself."""
+        if self._kind == "original":  # torchvision compares its checksum
+            return None
+        if self._found_content is None:
+            try:
+                self._found_content = Images.read_content(self._cached)
+            except DAMAGED_CACHE_ERRORS:
+                self._found_content = self._load().content
+        return self._found_content
 
     @property
     def _cached(self) -> Path:

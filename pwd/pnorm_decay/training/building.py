@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from typing import Any
 
@@ -66,6 +67,21 @@ def build_data(settings: Settings) -> Dataset:
 def build_model(settings: Settings, data: Dataset) -> nn.Module:
     """A freshly drawn model, on the CPU, for a data set that is set up."""
     return build("model", settings.model, **data.model_args)
+
+
+def check_memory(settings: Settings, data: Dataset) -> None:
+    """Raises a ConfigError where the model alone would take more memory than the machine has."""
+    try:
+        with torch.device("meta"):  # which allocates nothing
+            model = build_model(settings, data)
+        takes = sum(tensor.nbytes for tensor in model.state_dict().values())
+    except Exception:  # a model that cannot be made there, or not at all
+        return
+    has = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    if takes > has:
+        raise ConfigError(
+            f"model: takes {takes / 1e9:,.0f} GB, and this machine has {has / 1e9:,.0f} GB"
+        )
 
 
 def build_method(settings: Settings) -> SparsityMethod:

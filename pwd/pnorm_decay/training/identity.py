@@ -16,7 +16,7 @@ def identity(settings: Settings, label: str) -> str:
 
     Args:
         settings: the run's settings.
-        label: what the data are, see ``Dataset.identity``.
+        label: what the data are: ``Dataset.identity``.
     """
     text = json.dumps(_canonical({"label": label, **determining(settings)}), sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()[:12]

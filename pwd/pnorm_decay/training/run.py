@@ -61,7 +61,7 @@ class Run:
     @cached_property
     def id(self) -> str:
         """What tells it from every run of another result."""
-        return identity(self.settings, self.data.label)
+        return identity(self.settings, self.data.identity)
 
     @property
     def folder(self) -> Path:
@@ -192,7 +192,7 @@ def repeats_a_best_run(run: Run) -> bool:
     """Whether the same run with seed 0 is recorded as one that is worth repeating."""
     if not run.recorded.exists():
         raise ConfigError(f"repeat_best: there are no recorded runs to repeat in {run.recorded}")
-    first = identity(run.settings.model_copy(update={"seed": 0}), run.data.label)
+    first = identity(run.settings.model_copy(update={"seed": 0}), run.data.identity)
     return first in selection.worth_repeating(records.read(run.recorded))
 
 

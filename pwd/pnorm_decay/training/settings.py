@@ -428,7 +428,7 @@ class TrainerSettings(Checked):
             return max(1, cores() // workers)
         first = given.partition(",")[0].strip()  # a list has a number for each level of nesting
         if not first.isdecimal() or int(first) == 0:
-            raise ConfigError(f"OMP_NUM_THREADS={shown(given)}: must be {COUNT}, or several")
+            raise ConfigError(f"OMP_NUM_THREADS={shown(given)}: must be a positive whole number")
         return int(first)
 
 

@@ -93,6 +93,7 @@ class Training:
         check_share(self.settings.batch_size, accelerator.num_processes)
         data.setup(accelerator.device)
 
+        building.check_memory(settings, data)
         set_seed(self.seed)
         model = building.build_model(settings, data).to(accelerator.device)
         if accelerator.num_processes > 1:

@@ -1,0 +1,200 @@
+"""What was tried from outside, and the one line that comes of it now."""
+
+from __future__ import annotations
+
+import sys
+
+import pytest
+
+from pnorm_decay.models import ResNet18
+from pnorm_decay.training.claiming import LOCKS
+
+TRAIN = "experiments/train.py"
+DIGITS = "experiment=demo/resnet_digits"
+TEXT = "experiment=demo/nanogpt_pydoc"
+FROM_0 = "must be a finite number of at least 0"
+COUNT = "must be a whole number from 1 to 2147483647"
+
+# Overrides, and what the line says: the key, its value, what is allowed.
+TRIED = [
+    # Values of the wrong type, which were taken for another value.
+    ("seed=true", "seed=true: must be a whole number from 0"),
+    ("seed=1.5", "seed=1.5: must be a whole number from 0"),
+    ("optimizer.lr=true", f"optimizer.lr=true: {FROM_0}"),
+    ("optimizer.lr='1'", f"optimizer.lr=1: {FROM_0}"),
+    ("optimizer.lr=[1]", f"optimizer.lr=[1]: {FROM_0}"),
+    ("optimizer.lambda_p=nan", f"optimizer.lambda_p=nan: {FROM_0}"),
+    ("optimizer.lambda_p=inf", f"optimizer.lambda_p=inf: {FROM_0}"),
+    ("optimizer.p=nan", f"optimizer.p=nan: {FROM_0}"),
+    ("optimizer.betas=[0.9,0.9,0.9]", "must be two numbers in [0, 1)"),
+    ("optimizer.betas=[0.9,1]", "optimizer.betas=[0.9, 1]: must be two numbers in [0, 1)"),
+    ("betas=0.9", "optimizer.betas=0.9: must be two numbers in [0, 1)"),
+    ("data.flip=abc", "data.flip=abc: must be a valid boolean"),
+    ("data.crop_padding=0.5", "data.crop_padding=0.5: must be a valid integer"),
+    ("model.width=wide", "model.width=wide: must be a valid integer"),
+    ("trainer.compile=1", "trainer.compile=1: must be true or false"),
+    ("trainer.save_model=yes", "trainer.save_model=yes: must be true or false"),
+    ("skip_recorded=maybe", "skip_recorded=maybe: must be true or false"),
+    ("schedule.final_fraction=half", "schedule.final_fraction=half: must be a number in [0, 1]"),
+    ("schedule.warmup_epochs=x", "schedule.warmup_epochs=x: must be a finite number"),
+    ("+optimizer.reweight_every=1.5", "optimizer.reweight_every=1.5: must be a valid integer"),
+    # Nulls.
+    ("seed=null", "seed=null: must be a whole number from 0"),
+    ("optimizer.p=null", f"optimizer.p=null: {FROM_0}"),
+    ("optimizer.lr=null", f"optimizer.lr=null: {FROM_0}"),
+    ("optimizer.lambda_p=null", f"optimizer.lambda_p=null: {FROM_0}"),
+    ("optimizer.betas=null", "optimizer.betas=null: must be two numbers in [0, 1)"),
+    ("optimizer.method=null", "optimizer.method=null: must be a name"),
+    ("data.crop_padding=null", "data.crop_padding=null: must be a valid integer"),
+    ("experiment_name=null", "experiment_name=null: must be <scale>/<name>"),
+    ("runs_dir=null", "'${runs_dir}': Incompatible value 'None' for field of type 'str'"),
+    ("results_dir=null", "results_dir=null: must be a folder"),
+    ("logger.project=null", "logger.project=null: must be a name"),
+    ("trainer.batch_size=null", f"trainer.batch_size=null: {COUNT}"),
+    # What is left out, and what there is not.
+    ("~optimizer", "optimizer: is missing; must be a choice of optimizer=..."),
+    ("~schedule", "schedule._target_: is missing"),
+    ("~optimizer.lr", f"optimizer.lr: is missing; {FROM_0}"),
+    ("~optimizer._target_", "optimizer._target_: is missing"),
+    ("pruning=magnitude optimizer=adamw ~pruning.sparsity", "pruning.sparsity: is missing"),
+    ("+optimizer.q=1", "optimizer.q=1: AdamPWD has no such option; there are amsgrad"),
+    ("+data.q=1", "data.q=1: Digits has no such option; there are crop_padding, flip"),
+    ("+pruning.sparsity=0.5", "pruning.sparsity=0.5: NoPruning has no such option"),
+    ("+trainer.stesp=1", "trainer.stesp=1: no such setting; there are batch_size"),
+    ("+tariner.steps=1", 'tariner={"steps": 1}: no such setting'),
+    ("model._target_=no.such.Class", "model._target_=no.such.Class: cannot be found"),
+    ("model._target_=math.pi", "model._target_=math.pi: must be a class or a function"),
+    # Out of range.
+    ("seed=-1", "seed=-1: must be a whole number from 0 to 4294967295"),
+    ("seed=4294967296", "seed=4294967296: must be a whole number from 0 to 4294967295"),
+    ("optimizer.p=0", "optimizer: Invalid p: 0.0 (must be positive and finite)"),
+    ("pruning=magnitude optimizer=adamw pruning.sparsity=1", "must be a number in [0, 1)"),
+    ("pruning=magnitude optimizer=adamw pruning.num_steps=0", "pruning.num_steps=0: must be"),
+    ("pruning=spred optimizer=adamw pruning.factors=1", "pruning.factors=1: must be"),
+    ("decay_schedule=p_ramp decay_schedule.end=0", "decay_schedule.end=0: must be a number in"),
+    ("decay_schedule=p_ramp decay_schedule.start=0", "decay_schedule.start=0.0: p must be"),
+    ("data.rotation_degrees=200", "rotation_degrees must be in [0, 180], got 200"),
+    ("trainer.threads=0", "trainer.threads=0: must be auto or a whole number from 1 to 4096"),
+    ("trainer.checkpoint_minutes=0", "trainer.checkpoint_minutes=0: must be a positive number"),
+    # Sizes that cannot be had.
+    ("model.width=1000000", "model: takes 10,896,002 GB, and this machine has"),
+    ("model.width=1000000000", "model: [enforce fail at alloc_cpu.cpp"),
+    ("model.width=100000000000000000000000", "model: "),
+    ("trainer.batch_size=100000000000", f"trainer.batch_size=100000000000: {COUNT}"),
+    ("trainer.epochs=1e300", "trainer.epochs=1e+300: must be a positive number or null"),
+    # Folders.
+    ("runs_dir=''", "runs_dir=: must be a folder"),
+    ("results_dir=''", "results_dir=: must be a folder"),
+    ("experiment_name=../../elsewhere", "experiment_name=../../elsewhere: must be <scale>/<name>"),
+    ("experiment_name=one", "experiment_name=one: must be <scale>/<name>"),
+    # A method under a wrong name.
+    ("pruning=spred optimizer.p=0.8", "pruning=spred has p=1 by L2 decay of what it trains"),
+    ("pruning=dwf optimizer=proximal", "pruning=dwf has p=0.666667 by L2 decay"),
+    ("pruning=rewa optimizer=l1", "pruning=rewa has p=0.888889 by L2 decay"),
+    ("pruning=spred optimizer.p=2 decay_schedule=p_ramp", "decay_schedule.option=p: pruning=spred"),
+    ("optimizer.method=adamw", "pnorm_decay.AdamPWD is not that method"),
+    ("pruning=magnitude pruning.name=none", "must have another name"),
+    ("pruning.name=magnitude", "must have another name"),
+    ("optimizer=l1 optimizer.p=0.5", "optimizer.p=0.5: l1 has p=1"),
+    ("pruning=oto decay_schedule=target_sparsity", "both make zeros; use one of them"),
+    ("logger.mode=loud", "logger.mode=loud: must be one of offline, online, disabled"),
+]
+
+
+@pytest.fixture
+def train(run_program, tmp_path):
+    def train(*overrides: str):
+        places = [f"runs_dir={tmp_path / 'runs'}", f"results_dir={tmp_path / 'results'}"]
+        return run_program(TRAIN, DIGITS, "logger=none", *places, *overrides)
+
+    return train
+
+
+def is_one_line(done, said: str) -> None:
+    assert done.err.startswith("error: ")
+    assert said in done.err
+    assert len(done.err.strip().splitlines()) == 1
+    assert len(done.err) < 500
+    assert done.code == 2
+
+
+@pytest.mark.parametrize(("overrides", "said"), TRIED, ids=[overrides for overrides, _ in TRIED])
+def test_what_was_tried_is_one_line_before_anything_is_written(train, tmp_path, overrides, said):
+    is_one_line(train(*overrides.split(" ")), said)
+    written = [path for path in tmp_path.rglob("*") if path.is_file()]
+    assert [path for path in written if path.parent.name != LOCKS] == []
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "said"),
+    [
+        ("OMP_NUM_THREADS", "many", "OMP_NUM_THREADS=many: must be a positive whole number"),
+        ("OMP_NUM_THREADS", "0", "OMP_NUM_THREADS=0: must be a positive whole number"),
+        ("WANDB_MODE", "garbage", "WANDB_MODE=garbage: Input should be 'online'"),
+    ],
+)
+def test_a_variable_that_says_nothing_is_named(train, monkeypatch, name, value, said):
+    monkeypatch.setenv(name, value)
+    is_one_line(train("logger=wandb"), said)
+
+
+SHORT = ["model.width=4", "trainer.epochs=null", "trainer.steps=2"]
+
+
+def test_a_list_of_threads_has_one_for_us(train, monkeypatch):
+    monkeypatch.setenv("OMP_NUM_THREADS", "1,2")  # one for each level of nesting
+    assert train(*SHORT).code == 0
+
+
+def test_without_wandb_runs_need_no_logger(train, monkeypatch):
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    assert train(*SHORT).code == 0
+    is_one_line(train(*SHORT, "seed=1", "logger=wandb"), "logger=none no W&B")
+
+
+def test_what_nobody_foresaw_is_a_line_too_and_its_frames_are_kept(train, monkeypatch, tmp_path):
+    def broken(self, images):
+        raise KeyError("nobody knows\nwhy")
+
+    monkeypatch.setattr(ResNet18, "forward", broken)
+    done = train(*SHORT)
+    is_one_line(done, "KeyError: 'nobody knows")
+    (path,) = (tmp_path / "runs").glob("*/*/*/failure.json")
+    assert str(path) in done.err
+    assert "in broken" in path.read_text()
+
+
+def test_at_the_door_too(train, monkeypatch, tmp_path):
+    def broken(*_):
+        raise ZeroDivisionError("by zero")
+
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    monkeypatch.setattr("pnorm_decay.training.run.build_data", broken)
+    done = train()
+    is_one_line(done, "ZeroDivisionError: by zero (see ")
+    (path,) = tmp_path.glob("pnorm-decay-*.txt")
+    assert str(path) in done.err
+    assert "in broken" in path.read_text()
+
+
+def test_one_run_of_a_sweep_says_that_it_is_one(train):
+    done = train(*SHORT, "sweep=pwd")
+    assert done.code == 0
+    assert "this was one run; with -m, sweep=pwd does all of its runs" in done.err
+    assert "with -m" not in train(*SHORT).err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["demo", "--sweeps", "foo"], "--sweeps foo: no sweep of these experiments; there are"),
+        (["demo", "--sweeps", "pwd", "foo"], "--sweeps foo"),
+        (["demo", "--experiments", "nanogpt_pydoc", "--sweeps", "oto"], "--sweeps oto"),
+        (["demo", "--workers", "0"], "--workers 0: must be at least 1"),
+        (["demo", "--workers", "-2"], "--workers -2: must be at least 1"),
+    ],
+)
+def test_a_sweep_of_nothing_is_refused(run_program, arguments, said):
+    done = run_program("experiments/sweep.py", *arguments)
+    assert done.code == 2
+    assert said in done.err.splitlines()[-1]
