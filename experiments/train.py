@@ -15,12 +15,11 @@ if __name__ == "__main__":
     signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 import hydra
-from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
 
 from pnorm_decay.training import stopping
 from pnorm_decay.training.errors import print_error
-from pnorm_decay.training.progress import console, in_sweep
+from pnorm_decay.training.progress import console, in_sweep, say_if_one_of_a_sweep
 from pnorm_decay.training.run import run
 
 
@@ -37,9 +36,7 @@ def main(cfg: DictConfig) -> None:
             raise  # the other runs go on; Hydra raises it again when they are done
         print_error(error)
         sys.exit(2)
-    if not in_sweep() and HydraConfig.get().sweeper.get("params"):
-        choice = HydraConfig.get().runtime.choices["sweep"]
-        console.print(f"this was one run; with -m, sweep={choice} does all of its runs")
+    say_if_one_of_a_sweep()
 
 
 if __name__ == "__main__":

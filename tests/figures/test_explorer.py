@@ -8,7 +8,7 @@ import subprocess
 import pytest
 import vl_convert
 from hydra import compose, initialize_config_dir
-from omegaconf import OmegaConf, open_dict
+from omegaconf import open_dict
 
 from conftest import REPOSITORY
 from figures.made_up import adamw, experiment, grid, run
@@ -16,7 +16,8 @@ from pnorm_decay import records
 from pnorm_decay.figures.explorer import CHOICES, command, page, rows
 from pnorm_decay.figures.loading import load
 from pnorm_decay.training import settings
-from pnorm_decay.training.run import identity
+from pnorm_decay.training.identity import identity
+from pnorm_decay.training.settings import Settings
 
 RECORDED = sorted((REPOSITORY / "results").glob("[cd]*/*.csv"))
 CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome")
@@ -36,7 +37,7 @@ def test_the_command_of_a_run_repeats_just_this_run(path, monkeypatch):
         with open_dict(cfg):
             del cfg["hydra"]
         cfg.experiment_name, cfg.sweep_name = name, "none"
-        assert identity(OmegaConf.to_container(cfg, resolve=True), row["data"]) == row["run_id"]
+        assert identity(Settings.from_config(cfg), row["data"]) == row["run_id"]
 
 
 def test_a_method_of_another_version_has_no_command():

@@ -45,7 +45,7 @@ def train(rank: int, port: int, folder: Path, stop_at: int | None) -> None:
     train_batch = PydocTopics.train_batch
 
     def watched(self: Any, step: int, *rest: Any) -> Any:
-        if sys._getframe(1).f_code.co_name == "train":
+        if sys._getframe(1).f_code.co_name == "batch":
             state = hashlib.sha256(torch.get_rng_state().numpy().tobytes()).hexdigest()
             (folder / f"random.{rank}.{step}").write_text(state)
         if (rank, step) == (1, stop_at):

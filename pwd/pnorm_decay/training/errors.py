@@ -24,10 +24,10 @@ CONFIG_ERRORS = (HydraException, OmegaConfBaseException)
 
 def print_error(error: Exception) -> None:
     """Says in one line what went wrong; of what nobody foresaw, the frames are kept in a file."""
-    if isinstance(error, USER_ERRORS):
-        message = str(error)
-    elif isinstance(error, CONFIG_ERRORS):
+    if isinstance(error, CONFIG_ERRORS):  # some of them are OSErrors too
         message = " ".join(f"{error} {error.__cause__ or ''}".split())
+    elif isinstance(error, USER_ERRORS):
+        message = str(error)
     else:
         message = f"{reason_of(error)} (see {keep_frames(error)})"
     console.print("error:", message, style="red")

@@ -44,6 +44,13 @@ def in_sweep() -> bool:
     return HydraConfig.initialized() and HydraConfig.get().mode == RunMode.MULTIRUN
 
 
+def say_if_one_of_a_sweep() -> None:
+    """Says after a single run that a sweep was chosen, which takes -m to be done."""
+    if not in_sweep() and HydraConfig.get().sweeper.get("params"):
+        choice = HydraConfig.get().runtime.choices["sweep"]
+        console.print(f"this was one run; with -m, sweep={choice} does all of its runs")
+
+
 def sweep_workers() -> int:
     """How many runs this sweep does beside each other."""
     if not in_sweep():
