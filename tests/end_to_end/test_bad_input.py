@@ -198,3 +198,21 @@ def test_a_sweep_of_nothing_is_refused(run_program, arguments, said):
     done = run_program("experiments/sweep.py", *arguments)
     assert done.code == 2
     assert said in done.err.splitlines()[-1]
+
+
+def test_a_sweep_tries_a_logger_that_cannot_be_used_once(run_program, tmp_path, monkeypatch):
+    monkeypatch.setenv("WANDB_MODE", "garbage")  # as slow an error is a key that nobody knows
+    places = [f"runs_dir={tmp_path / 'runs'}", f"results_dir={tmp_path / 'results'}"]
+    jobs = ["logger=wandb", "optimizer.p=0.5,0.8,1.0,1.2", "hydra.launcher.n_jobs=1"]
+    done = run_program(TRAIN, "-m", DIGITS, *SHORT, *places, *jobs)
+    assert done.code == 2
+    assert "the other 3 runs are left out, for the same reason" in done.err
+    assert "WANDB_MODE=garbage" in done.err.splitlines()[-1]
+
+
+def test_a_link_to_itself_is_one_line(train, run_program, tmp_path):
+    loop = tmp_path / "loop"
+    loop.symlink_to(loop)
+    done = run_program(TRAIN, DIGITS, *SHORT, "logger=none", f"runs_dir={loop}")
+    is_one_line(done, str(loop))
+    is_one_line(train("data=cifar10", f"data.path={loop}"), f"there is no {loop}")

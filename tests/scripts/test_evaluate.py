@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 
 import pandas as pd
 import pytest
@@ -82,8 +83,35 @@ def test_a_diverged_run_is_left_out(run_program, places, run_dir):
     assert "0 saved networks" in done.out
 
 
-def test_other_data_are_refused(run_program, places, run_dir):
-    change_record(run_dir, data="other digits")
+@pytest.fixture
+def second(run_dir):
+    """The folder of another run with the same network."""
+    folder = run_dir.with_name("0123456789ab")
+    shutil.copytree(run_dir, folder)
+    change_record(folder, run_id=folder.name)
+    return folder
+
+
+def test_only_the_runs_that_are_named_are_evaluated(run_program, places, run_dir, second, tmp_path):
+    done = run_program(EVALUATE, second.name, *places)
+    assert done.code == 0, done.out
+    assert list(evaluations(tmp_path)["run_id"]) == [second.name]
+
+
+@pytest.mark.parametrize("what", ["data", "network", "config"])
+def test_what_does_not_fit_is_left_out_and_the_others_go_on(
+    run_program, places, run_dir, second, tmp_path, what
+):
+    if what == "data":
+        change_record(second, data="other digits")
+    elif what == "network":
+        (second / "model.pt").write_bytes(b"not a network")
+    else:
+        path = second / "result.json"
+        path.write_text(path.read_text().replace('"width": 4', '"breadth": 4'))
     done = run_program(EVALUATE, *places)
     assert done.code == 2
-    assert "was evaluated on other digits" in done.out
+    said = {"data": "was evaluated on other digits", "network": "model.pt is damaged"}
+    assert f"left out: {second / 'model.pt'}" in done.out or what == "config"
+    assert said.get(what, "model.breadth=4: ResNet18 has no such option") in done.out
+    assert list(evaluations(tmp_path)["run_id"]) == [run_dir.name]
