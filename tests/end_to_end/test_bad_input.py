@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 
 import pytest
+import wandb
 
 from pnorm_decay.models import ResNet18
 from pnorm_decay.training.claiming import LOCKS
@@ -134,6 +135,7 @@ def test_what_was_tried_is_one_line_before_anything_is_written(train, tmp_path, 
     ],
 )
 def test_a_variable_that_says_nothing_is_named(train, monkeypatch, name, value, said):
+    wandb.teardown()  # it reads its variables once a process
     monkeypatch.setenv(name, value)
     is_one_line(train("logger=wandb"), said)
 
