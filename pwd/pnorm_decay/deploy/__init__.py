@@ -1,5 +1,14 @@
 """What zeros are worth once training is over: small files and small networks."""
 
+try:
+    from pnorm_decay.deploy.files import SparseFileError, load_sparse, save_sparse
+except ModuleNotFoundError as error:
+    if error.name not in ("numpy", "safetensors", "zstandard"):
+        raise
+    raise ModuleNotFoundError(
+        f"pnorm_decay.deploy needs {error.name}: pip install 'pnorm-decay[deploy]'"
+    ) from error
+
 from pnorm_decay.deploy.compact import (
     ChannelGroup,
     CompactError,
@@ -7,7 +16,6 @@ from pnorm_decay.deploy.compact import (
     channel_groups,
     compact,
 )
-from pnorm_decay.deploy.files import SparseFileError, load_sparse, save_sparse
 
 __all__ = [
     "ChannelGroup",

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import logging
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -48,7 +49,7 @@ class Compaction:
     Attributes:
         parameters: numbers in the parameters, before and after.
         layers: (before, after) units of every layer that lost some, by the name of its weight.
-        kept: units without incoming weights that stay, counted by the reason.
+        kept: how many units that no weight enters stay, by the reason.
     """
 
     parameters: tuple[int, int]
@@ -57,16 +58,19 @@ class Compaction:
 
     def __str__(self) -> str:
         before, after = self.parameters
+        lines = ["Nothing could be removed."]
         if self.layers:
             lines = [f"{after:,} of {before:,} parameters are left."]
             lines += [f"{name}: {left} of {had} units" for name, (had, left) in self.layers.items()]
-        else:
-            lines = ["Nothing could be removed."]
-            if not self.kept:
-                lines.append("Every unit has weights that come in, and every unit is read.")
+        elif not self.kept:
+            lines.append("Every unit has weights that come in, and every unit is read.")
         for reason, number in self.kept.items():
-            one = number == 1
-            lines.append(f"{number} unit{'' if one else 's'} without incoming weights {reason}.")
+            units = (
+                "1 unit that no weight enters stays"
+                if number == 1
+                else (f"{number} units that no weight enters stay")
+            )
+            lines.append(f"{units}: {reason}")
         return "\n".join(lines)
 
 
@@ -85,9 +89,9 @@ def compact(model: nn.Module, example: Tensor) -> nn.Module:
         example: a small batch of its inputs, on the model's device.
 
     Returns:
-        A copy with the same outputs in evaluation mode, checked on the example to
-        1e-5 of the largest. Its attribute `compaction`, a `Compaction`, says what was removed, or
-        why nothing. A layer that would lose all units keeps one.
+        A copy with the same outputs in evaluation mode, checked on the example to 1e-5 of the
+        largest (in float32, on CUDA in float64). Its attribute `compaction`, a `Compaction`, says
+        what was removed, or why nothing. A layer that would lose all units keeps one.
 
     Raises:
         CompactError: the model does not take the example, or its outputs would change; the layer is
@@ -95,7 +99,7 @@ def compact(model: nn.Module, example: Tensor) -> nn.Module:
     """
     expected = _outputs(model, example)
     for strictness in (0, 1, 2):
-        small = copy.deepcopy(model)
+        small = _copy(model)
         compaction = _compact(small, example, strictness)
         try:
             difference = _difference(expected, _outputs(small, example))
@@ -159,15 +163,13 @@ def channel_groups(model: nn.Module, example: Tensor) -> list[ChannelGroup]:
 
 def _trace(model: nn.Module, example: Tensor, strictness: int = 0) -> Trace:
     trace = Trace(model, strictness)
-    with _Evaluation(model):
-        trace.run(example)
+    _run(model, example, trace.run)
     return trace
 
 
-def _outputs(model: nn.Module, example: Tensor) -> list[Tensor]:
+def _run(model: nn.Module, example: Tensor, run: Callable[[Tensor], Any]) -> list[Tensor]:
     """The tensors that a model makes of an example in evaluation mode."""
-    if not isinstance(example, Tensor) or not example.numel():
-        raise CompactError("the example must be a tensor of at least one input")
+    _check_example(example)
     entered = [""]
     handles = [
         module.register_forward_pre_hook(lambda *_, name=name: entered.append(name))
@@ -175,7 +177,7 @@ def _outputs(model: nn.Module, example: Tensor) -> list[Tensor]:
     ]
     try:
         with _Evaluation(model), torch.no_grad():
-            outputs = model(example)
+            outputs = run(example)
     except Exception as error:  # of any kind, for whatever the model does
         where = f" in {entered[-1]}" if entered[-1] else ""
         raise CompactError(
@@ -186,6 +188,32 @@ def _outputs(model: nn.Module, example: Tensor) -> list[Tensor]:
         for handle in handles:
             handle.remove()
     return [leaf for leaf in tree_leaves(outputs) if isinstance(leaf, Tensor)]
+
+
+def _outputs(model: nn.Module, example: Tensor) -> list[Tensor]:
+    """What a model makes of an example, in arithmetic that can be compared."""
+    _check_example(example)
+    dtypes = {parameter.dtype for parameter in model.parameters()}
+    wider = torch.float64 if example.is_cuda else torch.float32  # CUDA may round to TF32
+    if example.is_cuda or dtypes & {torch.float16, torch.bfloat16}:
+        model = _copy(model).to(wider)
+        example = example.to(wider) if example.is_floating_point() else example
+    return _run(model, example, model)
+
+
+def _copy(model: nn.Module) -> nn.Module:
+    try:
+        return copy.deepcopy(model)
+    except RuntimeError as error:  # a tensor that is computed from others
+        raise CompactError(
+            f"{type(model).__name__} cannot be copied: {error} "
+            "(torch.nn.utils.prune.remove makes a mask permanent)"
+        ) from error
+
+
+def _check_example(example: Any) -> None:
+    if not isinstance(example, Tensor) or not example.numel():
+        raise CompactError("the example must be a tensor that is not empty")
 
 
 class _Evaluation:
@@ -279,9 +307,10 @@ def _fold(model: nn.Module, reader: Reader, removed: Tensor) -> None:
     chosen = weight[:, constants.to(weight.device)].unsqueeze(-1).flatten(2).double().sum(2)
     added = chosen @ reader.values[constants].to(chosen)
     if bias is None:
-        (owner,) = [m for m in model.modules() if getattr(m, "weight", None) is reader.weight]
-        owner.bias = nn.Parameter(added.to(weight.dtype), reader.weight.requires_grad)
-        reader.bias = owner.bias
+        reader.bias = nn.Parameter(added.to(weight.dtype), reader.weight.requires_grad)
+        for module in model.modules():
+            if getattr(module, "weight", None) is reader.weight:
+                module.bias = reader.bias
     else:
         bias.data.copy_(bias.double() + added)
 
@@ -321,7 +350,7 @@ def _without(tensor: Tensor, keep: dict[int, Tensor]) -> Tensor:
 
 def _correct_sizes(module: nn.Module) -> None:
     if isinstance(module, nn.Linear):
-        module.out_features, module.in_features = module.weight.shape
+        module.out_features, module.in_features = map(int, module.weight.shape)
     elif isinstance(module, _ConvNd) and not module.transposed:
         if module.groups > 1 and module.weight.shape[1] == 1:
             module.groups = module.weight.shape[0] // (module.out_channels // module.groups)
@@ -330,16 +359,19 @@ def _correct_sizes(module: nn.Module) -> None:
     elif isinstance(module, _NormBase) and module.running_mean is not None:
         module.num_features = len(module.running_mean)
     elif hasattr(module, "nf"):  # transformers' Conv1D
-        module.nf = module.weight.shape[1]
+        module.nf = int(module.weight.shape[1])  # type: ignore[index, assignment]
 
 
 def _reasons(trace: Trace, roots: Tensor, needed: Tensor) -> dict[str, int]:
     """Why units that no weight enters stay, counted."""
     reasons: Counter[str] = Counter()
     pinned = [(set(roots[labels].tolist()), reason) for labels, reason in trace.pins]
+    pinned += [
+        (set(roots[g].flatten().tolist()), "as many as other heads need") for g in trace.grids
+    ]
+    other = "constants that what reads them cannot take into its bias"
     for reader in trace.readers.values():
         dead = reader.outputs[~reader.nonzero.any(1) & needed[reader.outputs]]
         for root in roots[dead].tolist():
-            why = next((reason for labels, reason in pinned if root in labels), None)
-            reasons[why or "stay: as constants they cannot move into the next bias"] += 1
+            reasons[next((reason for labels, reason in pinned if root in labels), other)] += 1
     return dict(reasons)

@@ -102,6 +102,7 @@ class Trace(TorchDispatchMode):
         super().__init__()
         self._names = {id(t): n for n, t in self.model.named_parameters()}
         self._names |= {id(t): n for n, t in self.model.named_buffers()}
+        self._layers = _layer_tensors(self.model)
         self._parents = [PINNED]
         self._flows: Any = WeakTensorKeyDictionary()
         self._transposed: Any = WeakTensorKeyDictionary()
@@ -117,7 +118,7 @@ class Trace(TorchDispatchMode):
             outputs = self.model(inputs)
         for leaf in tree_leaves(outputs):
             if isinstance(leaf, Tensor) and leaf in self._flows:
-                self._pin(self._flows[leaf].labels, "are outputs of the model")
+                self._pin(self._flows[leaf].labels, "outputs of the model")
         for axis in self.axes.values():
             if (reason := self._frozen.get(id(axis.tensor))) is not None:
                 self._pin(axis.labels, reason)
@@ -221,14 +222,14 @@ class Trace(TorchDispatchMode):
     def _is_weight(self, tensor: Any) -> bool:
         if not isinstance(tensor, Tensor) or tensor.ndim != 2:
             return False
-        return tensor in self._transposed or id(tensor) in self._names
+        return tensor in self._transposed or id(tensor) in self._layers
 
     def _freeze(self, tensors: list[Tensor], name: str) -> None:
         for tensor in tensors:
             if tensor in self._transposed:
                 tensor = self._transposed[tensor][0]
             if id(tensor) in self._names:
-                reason = f"belong to {self._names[id(tensor)]}, which {name} in {self._here} reads"
+                reason = f"part of {self._names[id(tensor)]}, which {name} reads in {self._here}"
                 self._frozen[id(tensor)] = reason
 
     @property
@@ -237,24 +238,24 @@ class Trace(TorchDispatchMode):
 
     def _layer_of(self, name: str, args: Any, kwargs: Any, out: Any) -> bool:
         """Follows a layer: something with parameters along its channels."""
-        if name == "convolution" and id(args[1]) in self._names:
-            return self._convolution(*args[:4], *args[4:], out=out)
+        if name == "convolution" and id(args[1]) in self._layers:
+            return self._convolution(out, *args)
         if name in ("mm", "addmm") and self._is_weight(args[-1]) and not kwargs:
             weight, turned = self._transposed.get(args[-1], (args[-1], False))
             bias = args[0] if name == "addmm" else None
-            if bias is not None and id(bias) not in self._names:
+            if bias is not None and id(bias) not in self._layers:
                 return False
             self._dense(weight, 0 if turned else 1, bias, args[-2], out, can_fold=True)
             return True
-        if name in BATCH_NORMS and all(t is None or id(t) in self._names for t in args[1:5]):
+        if name in BATCH_NORMS and all(t is None or id(t) in self._layers for t in args[1:5]):
             return self._batch_norm(args[0], [t for t in args[1:5] if t is not None], out[0])
         return False
 
     def _convolution(
-        self, x: Tensor, weight: Tensor, bias: Tensor | None, stride: Any, padding: Any,
-        dilation: Any, transposed: bool, output_padding: Any, groups: int, out: Tensor,
+        self, out: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, stride: Any,
+        padding: Any, dilation: Any, transposed: bool, output_padding: Any, groups: int,
     ) -> bool:  # fmt: skip
-        if transposed or (bias is not None and id(bias) not in self._names):
+        if transposed or (bias is not None and id(bias) not in self._layers):
             return False
         if groups == 1:
             self._dense(weight, 0, bias, x, out, can_fold=not any(padding))
@@ -282,32 +283,27 @@ class Trace(TorchDispatchMode):
         flow = self._flow(x)
         channels = _first(flow.labels, dim)
         if channels is None:
-            self._pin(flow.labels, f"are mixed before {self._here}")
+            self._pin(flow.labels, f"mixed with others before {self._here}")
             channels = torch.zeros(x.shape[dim], dtype=torch.long)
         constant, values = _constants(x, flow.constant, dim)
         matrix = weight.detach().transpose(0, 1) if out_dim else weight.detach()
         nonzero = (matrix != 0).unsqueeze(-1).flatten(2).any(2).cpu()
         finite = matrix.isfinite().transpose(0, 1).flatten(1).all(1).cpu() & values.isfinite()
-        # A layer of no module of ours has no place for a bias that it lacks.
-        folds = constant & finite & ((values == 0) | (can_fold and self._has_bias(bias)))
+        # A bias of 16 bits would round the sum.
+        can_fold = can_fold and weight.dtype in (torch.float32, torch.float64)
+        folds = constant & finite & ((values == 0) | can_fold)
         inputs = self._axis(weight, 1 - out_dim, channels, is_input=True)
         known = self.readers.get(id(weight))
         if known is None:
             outputs = self._axis(weight, out_dim, self._fresh(nonzero.shape[0]))
-            self.readers[id(weight)] = Reader(
-                weight, bias, inputs, outputs, nonzero, folds, values
-            )
+            self.readers[id(weight)] = Reader(weight, bias, inputs, outputs, nonzero, folds, values)
         else:
             outputs = known.outputs
-            known.folds &= folds & (known.values == values)
+            known.folds &= folds & (known.values == 0) & (values == 0)
         if bias is not None:
             self._axis(bias, 0, outputs)
         made_in = out.ndim - 1 if weight.ndim == 2 else 1
         self._made(out, outputs, ~(nonzero & ~constant).any(1), made_in)
-
-    def _has_bias(self, bias: Tensor | None) -> bool:
-        module = self.model.get_submodule(self.layer)
-        return bias is not None or isinstance(module, nn.Linear | nn.modules.conv._ConvNd)
 
     def _batch_norm(self, x: Tensor, tensors: list[Tensor], out: Tensor) -> bool:
         flow = self._flow(x)
@@ -341,16 +337,16 @@ class Trace(TorchDispatchMode):
         elif name in WINDOWS and self._window(name, args, flows[0], out):
             pass
         elif name in ("mm", "bmm") and self._product(tensors, flows, out):
-            self._pin(flows[0].labels, f"are summed over by {name} in {self._here}")
+            self._pin(flows[0].labels, f"summed over in {self._here}")
         elif name.startswith("_scaled_dot_product") and self._attention(flows[2], out[0]):
             for flow in flows[:2]:
-                self._pin(flow.labels, f"are the queries and keys of {self._here}")
+                self._pin(flow.labels, f"queries and keys of {self._here}")
         else:
             self._unknown(name, flows, out)
 
     def _unknown(self, name: str, flows: list[Flow], out: Any) -> None:
         for flow in flows:
-            self._pin(flow.labels, f"go into {name} in {self._here}")
+            self._pin(flow.labels, f"read by {name} in {self._here}")
         for leaf in tree_leaves(out):
             if isinstance(leaf, Tensor):
                 labels = torch.zeros((), dtype=torch.long).expand(leaf.shape)
@@ -375,7 +371,7 @@ class Trace(TorchDispatchMode):
                 other.shape[dim - missing] > 1 and _varies(labels, dim)
                 for dim in range(missing, len(shape))
             ):
-                self._pin(labels, f"meet other numbers in {self._here}")
+                self._pin(labels, f"combined with what is no channel in {self._here}")
         return Flow(labels, constant.expand(shape))
 
     def _move(self, func: Any, name: str, args: Any, kwargs: Any, out: Any) -> None:
@@ -383,9 +379,11 @@ class Trace(TorchDispatchMode):
             def part(arg: Any) -> Any:
                 return getattr(self._flow(arg), what) if isinstance(arg, Tensor) else arg
 
-            moved = [[part(a) for a in arg] if isinstance(arg, list) else part(arg) for arg in args]
+            moved: list[Any] = [
+                [part(a) for a in arg] if isinstance(arg, list) else part(arg) for arg in args
+            ]
             if name in ("view", "_unsafe_view", "_reshape_alias"):
-                return moved[0].reshape(moved[1])  # labels have strides of their own
+                return torch.reshape(*moved[:2])  # labels have strides of their own
             return func(*moved, **kwargs)
 
         labels, constant = apply("labels"), apply("constant")
@@ -401,7 +399,8 @@ class Trace(TorchDispatchMode):
         varying = [dim for dim in range(after.ndim) if _varies(after, dim)]
         sizes = sorted(after.shape[dim] for dim in varying)
         changed = any(
-            sizes != sorted(x.shape[dim] for dim in range(x.ndim) if _varies(x, dim)) for x in before
+            sizes != sorted(x.shape[dim] for dim in range(x.ndim) if _varies(x, dim))
+            for x in before
         )
         if len(varying) == 2 and self.strictness == 0:
             for dim in range(after.ndim):
@@ -409,7 +408,7 @@ class Trace(TorchDispatchMode):
                     after = after.narrow(dim, 0, 1)
             self.grids.append(after.reshape([s for s in after.shape if s > 1]))
         elif len(varying) > 1 or (changed and self.strictness == 2):
-            self._pin(after, f"are reshaped in {self._here}")
+            self._pin(after, f"reshaped in {self._here}")
 
     def _window(self, name: str, args: Any, flow: Flow, out: Any) -> bool:
         labels, constant = flow.labels, flow.constant
@@ -452,6 +451,18 @@ class Trace(TorchDispatchMode):
             labels.narrow(-2, 0, 1).expand(out.shape), constant.expand(out.shape)
         )
         return True
+
+
+def _layer_tensors(model: nn.Module) -> set[int]:
+    """The ids of what only layers whose sizes can be changed have."""
+    kinds = (nn.Linear, nn.modules.conv._ConvNd, nn.modules.batchnorm._NormBase)
+    layers: set[int] = set()
+    others: set[int] = set()
+    for module in model.modules():
+        is_layer = isinstance(module, kinds) or hasattr(module, "nf")  # transformers' Conv1D
+        for tensor in (*module._parameters.values(), *module._buffers.values()):
+            (layers if is_layer else others).add(id(tensor))
+    return layers - others
 
 
 def _varies(labels: Tensor, dim: int) -> bool:
