@@ -50,11 +50,13 @@ class Compaction:
         parameters: numbers in the parameters, before and after.
         layers: (before, after) units of every layer that lost some, by the name of its weight.
         kept: how many units that no weight enters stay, by the reason.
+        computed: layers that stay as they are, because their weight is computed from others.
     """
 
     parameters: tuple[int, int]
     layers: dict[str, tuple[int, int]] = field(default_factory=dict)
     kept: dict[str, int] = field(default_factory=dict)
+    computed: tuple[str, ...] = ()
 
     def __str__(self) -> str:
         before, after = self.parameters
@@ -62,7 +64,7 @@ class Compaction:
         if self.layers:
             lines = [f"{after:,} of {before:,} parameters are left."]
             lines += [f"{name}: {left} of {had} units" for name, (had, left) in self.layers.items()]
-        elif not self.kept:
+        elif not (self.kept or self.computed):
             lines.append("Every unit has weights that come in, and every unit is read.")
         for reason, number in self.kept.items():
             units = (
@@ -71,6 +73,11 @@ class Compaction:
                 else (f"{number} units that no weight enters stay")
             )
             lines.append(f"{units}: {reason}")
+        if self.computed:
+            lines.append(
+                f"The weight of {', '.join(self.computed)} is computed in every call, so that its "
+                "units stay; torch.nn.utils.prune.remove makes a mask permanent."
+            )
         return "\n".join(lines)
 
 
@@ -99,7 +106,7 @@ def compact(model: nn.Module, example: Tensor) -> nn.Module:
     """
     expected = _outputs(model, example)
     for strictness in (0, 1, 2):
-        small = _copy(model)
+        small = copy.deepcopy(model)
         compaction = _compact(small, example, strictness)
         try:
             difference = _difference(expected, _outputs(small, example))
@@ -196,19 +203,9 @@ def _outputs(model: nn.Module, example: Tensor) -> list[Tensor]:
     dtypes = {parameter.dtype for parameter in model.parameters()}
     wider = torch.float64 if example.is_cuda else torch.float32  # CUDA may round to TF32
     if example.is_cuda or dtypes & {torch.float16, torch.bfloat16}:
-        model = _copy(model).to(wider)
+        model = copy.deepcopy(model).to(wider)
         example = example.to(wider) if example.is_floating_point() else example
     return _run(model, example, model)
-
-
-def _copy(model: nn.Module) -> nn.Module:
-    try:
-        return copy.deepcopy(model)
-    except RuntimeError as error:  # a tensor that is computed from others
-        raise CompactError(
-            f"{type(model).__name__} cannot be copied: {error} "
-            "(torch.nn.utils.prune.remove makes a mask permanent)"
-        ) from error
 
 
 def _check_example(example: Any) -> None:
@@ -262,7 +259,8 @@ def _compact(model: nn.Module, example: Tensor, strictness: int) -> Compaction:
         _fold(model, reader, ~needed[reader.inputs])
     _cut(model, trace, needed)
     after = sum(parameter.numel() for parameter in model.parameters())
-    return Compaction((before, after), layers, _reasons(trace, roots, needed))
+    kept = _reasons(trace, roots, needed)
+    return Compaction((before, after), layers, kept, tuple(trace.computed))
 
 
 def _needed(trace: Trace, roots: Tensor) -> Tensor:

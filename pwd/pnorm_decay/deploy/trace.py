@@ -96,6 +96,7 @@ class Trace(TorchDispatchMode):
     readers: dict[int, Reader] = field(default_factory=dict)
     grids: list[Tensor] = field(default_factory=list)
     pins: list[tuple[Tensor, str]] = field(default_factory=list)
+    computed: dict[str, None] = field(default_factory=dict)  # layers whose weight is, in order
     layer: str = ""
 
     def __post_init__(self) -> None:
@@ -238,6 +239,11 @@ class Trace(TorchDispatchMode):
 
     def _layer_of(self, name: str, args: Any, kwargs: Any, out: Any) -> bool:
         """Follows a layer: something with parameters along its channels."""
+        if name in ("convolution", "mm", "addmm"):
+            weight = args[1] if name == "convolution" else args[-1]
+            ours = weight in self._transposed or id(weight) in self._names
+            if not (ours or weight in self._flows):
+                self.computed[self._here] = None
         if name == "convolution" and id(args[1]) in self._layers:
             return self._convolution(out, *args)
         if name in ("mm", "addmm") and self._is_weight(args[-1]) and not kwargs:
