@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 import math
+import socket
 import struct
 import subprocess
 import sys
@@ -12,10 +13,13 @@ import numpy as np
 import pytest
 import safetensors.torch
 import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
 import zstandard
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
+from torch.distributed.fsdp import fully_shard
 
 from conftest import REPOSITORY
 from pnorm_decay.deploy import SparseFileError, files, load_sparse, save_sparse
@@ -193,6 +197,33 @@ def test_bf16_that_would_overflow(tmp_path):
     with pytest.raises(ValueError, match=r"'w'.*overflow"):
         save_sparse(state, tmp_path / "x", values="bf16")
     assert list(tmp_path.iterdir()) == []
+
+
+def tied() -> nn.Module:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(7, 5), nn.Linear(7, 5), nn.Linear(1, 3))
+    model[1].weight = model[0].weight
+    return model
+
+
+def save_sharded(rank: int, port: int, folder: str) -> None:
+    dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=2)
+    model = tied()
+    fully_shard(model, mesh=dist.device_mesh.init_device_mesh("cpu", (2,)))
+    save_sparse(model, f"{folder}/sharded" if rank == 0 else "/nowhere/that/exists")
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+def test_sharded_tensors_are_gathered(tmp_path):
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    # Forked, because two processes that import everything anew take several seconds.
+    mp.start_processes(save_sharded, (port, str(tmp_path)), nprocs=2, start_method="fork")
+    loaded = load_sparse(tmp_path / "sharded")
+    assert_same(loaded, dict(tied().state_dict()))
+    assert loaded["0.weight"] is loaded["1.weight"]
 
 
 # ---------------------------------------------------------------------------- bad inputs

@@ -110,8 +110,8 @@ def save_sparse(
         import torch.distributed
 
         if torch.distributed.get_rank() > 0:
-            for tensor in tensors.values():
-                whole(tensor)
+            for name in _order(tensors):
+                whole(tensors[name])
             return
     # The header stands first and is known last; the temporary file is as small as the result.
     with atomic_write(Path(path)) as file, tempfile.TemporaryFile(dir=Path(path).parent) as body:
@@ -224,17 +224,16 @@ def _write_body(body: BinaryIO, tensors: Mapping[str, Tensor], round_values: boo
     specifications: dict[str, Any] = dict.fromkeys(tensors)  # in the order of the state dict
     header: dict[str, Any] = {}
     first_names: dict[Any, str] = {}
-    # The largest elements first, and packed tensors of a multiple of 8 bytes: all lie aligned.
-    for name in sorted(tensors, key=lambda name: -tensors[name].dtype.itemsize):
-        tensor = tensors[name]
-        local = local_part(tensor)
+    for name in _order(tensors):
+        local = local_part(tensors[name])
+        tensor = whole(tensors[name])  # of a shared one too, as the other processes do
         identity = (local.data_ptr(), local.shape, local.stride(), local.dtype, local.device)
         if local.numel() and identity in first_names:
             specifications[name] = first_names[identity]
             continue
         first_names[identity] = name
         start = body.tell()
-        specifications[name], entry, content = _pack(name, whole(tensor), round_values)
+        specifications[name], entry, content = _pack(name, tensor, round_values)
         body.write(content)
         header[name] = {**entry, "data_offsets": [start, body.tell()]}
     described = json.dumps(specifications, separators=(",", ":"))
@@ -247,6 +246,11 @@ def _write_body(body: BinaryIO, tensors: Mapping[str, Tensor], round_values: boo
     text = json.dumps({"__metadata__": metadata, **header}, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
     return len(text).to_bytes(8, "little") + text
+
+
+def _order(tensors: Mapping[str, Tensor]) -> list[str]:
+    """Names by falling size of an element: with packed tensors of n * 8 bytes, all lie aligned."""
+    return sorted(tensors, key=lambda name: -tensors[name].dtype.itemsize)
 
 
 def _pack(name: str, tensor: Tensor, round_values: bool) -> tuple[dict[str, Any], Any, Any]:
