@@ -1,20 +1,23 @@
 """Sparse files: a state dict in about as many bytes as its zeros leave, without a bit lost.
 
-A sparse file is a safetensors file. A tensor that gains nothing lies in it as in any other; of the
-others an array of bytes holds the places and the values of what is not zero, as zstandard frames:
-the places as a bit a number or as the gaps between them (of one byte or two, whose largest number
-goes on to the next), whichever is smaller, and the values as byte planes, because signs and
-exponents compress and the last bits of mantissas do not. "Zero" means all bits zero: -0.0 is a
-value, and a bit for each zero's sign is what many of them cost.
+A sparse file is a safetensors file of two arrays of bytes: `data`, and `index`, which says where in
+`data` each tensor lies. A tensor that gains nothing lies there as it is. Of another there are the
+places and the values of what is not zero, as zstandard frames: the places as a bit a number or as
+the gaps between them (of one byte or two, whose largest number goes on to the next), whichever is
+smaller, and the values as byte planes, because signs and exponents compress and the last bits of
+mantissas do not. "Zero" means all bits zero: -0.0 is a value, and a bit for each zero's sign is
+what many of them cost.
 
-The file's metadata say for each tensor its dtype, its shape, and how it is stored:
+The index is JSON in a zstandard frame, because the names and shapes of a hundred small tensors take
+more than a sparse network's weights:
 
-    "layer.weight": {"dtype": "float32", "shape": [64, 64, 3, 3], "crc32": 123,
-                     "places": "gaps8", "parts": [812, 640, 640, 640, 551]}
-    "layer.bias": {"dtype": "float32", "shape": [64], "crc32": 123}
-    "head.weight": "layer.weight"        (one tensor under two names)
+    {"layer.weight": {"at": 0, "dtype": "float32", "shape": [64, 64, 3, 3], "crc32": 123,
+                      "places": "gaps8", "parts": [812, 640, 640, 640, 551]},
+     "layer.bias": {"at": 3283, "dtype": "float32", "shape": [64], "crc32": 123},
+     "head.weight": "layer.weight"}
 
-`parts` are the frames' lengths in bytes: the places', then the values', lowest byte first.
+`parts` are the frames' lengths in bytes, the places' and then the values', lowest byte first. The
+third is one tensor under two names.
 """
 
 from __future__ import annotations
@@ -45,24 +48,15 @@ FORMAT = "pnorm_decay.sparse"
 VERSION = "1"
 # On random zeros the higher levels gain at most 1 % and take ten to a hundred times as long.
 LEVEL = 1
-SPECIFICATION_BYTES = 64  # about what the places and parts of a tensor take in the metadata
+INDEX_LEVEL = 19
+SPECIFICATION_BYTES = 24  # about what the places and parts of a tensor take in the index
 MOST_GAPS = 0.4  # above this density a bit a number is always smaller than a gap a value
 MOST_NEGATIVE_ZEROS = 0.01
 FREE_BYTES = 2**30
 MOST_EXPANSION = 1000
+FREE_INDEX_BYTES = 2**20
+MOST_INDEX_BYTES = 2**26
 GAPS: dict[str, np.dtype[Any]] = {"gaps8": np.dtype("u1"), "gaps16": np.dtype("<u2")}
-SAFETENSORS_DTYPES = {
-    torch.bool: "BOOL",
-    torch.uint8: "U8",
-    torch.int8: "I8",
-    torch.int16: "I16",
-    torch.int32: "I32",
-    torch.int64: "I64",
-    torch.float16: "F16",
-    torch.bfloat16: "BF16",
-    torch.float32: "F32",
-    torch.float64: "F64",
-}
 
 Array = np.ndarray[Any, Any]
 
@@ -110,14 +104,16 @@ def save_sparse(
         import torch.distributed
 
         if torch.distributed.get_rank() > 0:
-            for name in _order(tensors):
-                whole(tensors[name])
+            for tensor in tensors.values():
+                whole(tensor)
             return
     # The header stands first and is known last; the temporary file is as small as the result.
-    with atomic_write(Path(path)) as file, tempfile.TemporaryFile(dir=Path(path).parent) as body:
-        file.write(_write_body(body, tensors, values == "bf16"))
-        body.seek(0)
-        shutil.copyfileobj(body, file)
+    with atomic_write(Path(path)) as file, tempfile.TemporaryFile(dir=Path(path).parent) as data:
+        index = _write_data(data, tensors, values == "bf16")
+        file.write(_header(data.tell(), index))
+        data.seek(0)
+        shutil.copyfileobj(data, file)
+        file.write(index)
 
 
 def load_sparse(
@@ -152,7 +148,7 @@ def load_sparse(
     size = path.stat().st_size
     try:
         with safe_open(path, framework="pt") as file:
-            entries = _entries(file.metadata())
+            entries = _entries(file)
             if into is not None:
                 _check_fit(entries, into)
             chosen = list(entries) if names is None else list(names)
@@ -167,7 +163,8 @@ def load_sparse(
                     f"its {size:,} bytes declare tensors of {declared:,} bytes; "
                     f"pass max_bytes={declared} if you trust it"
                 )
-            loaded = {name: _read(file, name, entries[name]) for name in needed}
+            data = _bytes(file, "data")
+            loaded = {name: _read(data, name, entries[name]) for name in needed}
     except (KeyError, OSError):
         raise
     except SafetensorError as error:
@@ -185,6 +182,7 @@ class Entry:
     """What a file declares of a tensor; `stored_as` is its name or, of a shared one, the first."""
 
     stored_as: str
+    at: int
     dtype: torch.dtype
     shape: tuple[int, ...]
     stored: torch.dtype
@@ -197,6 +195,11 @@ class Entry:
         return math.prod(self.shape)
 
     @property
+    def length(self) -> int:
+        """Of its part of the data, in bytes."""
+        return sum(self.parts) if self.places else self.numbers * self.stored.itemsize
+
+    @property
     def bytes(self) -> int:
         """Of memory while and after it is read."""
         loaded, stored = self.dtype.itemsize, self.stored.itemsize
@@ -204,8 +207,8 @@ class Entry:
 
 
 def _check_plain(name: Any, tensor: Any) -> None:
-    if not isinstance(name, str) or name == "__metadata__":
-        raise TypeError(f"the name {name!r} cannot stand in a safetensors file")
+    if not isinstance(name, str):
+        raise TypeError(f"the name {name!r} is no string")
     if not isinstance(tensor, Tensor):
         raise TypeError(f"{name!r} is no tensor but a {type(tensor).__name__}")
     local = local_part(tensor)
@@ -219,44 +222,47 @@ def _check_plain(name: Any, tensor: Any) -> None:
 # ---------------------------------------------------------------------------- writing
 
 
-def _write_body(body: BinaryIO, tensors: Mapping[str, Tensor], round_values: bool) -> bytes:
-    """Writes every tensor's bytes and returns the header that describes them."""
-    specifications: dict[str, Any] = dict.fromkeys(tensors)  # in the order of the state dict
-    header: dict[str, Any] = {}
+def _write_data(data: BinaryIO, tensors: Mapping[str, Tensor], round_values: bool) -> bytes:
+    """Writes every tensor's bytes and returns the index of them."""
+    specifications: dict[str, Any] = {}
     first_names: dict[Any, str] = {}
-    for name in _order(tensors):
-        local = local_part(tensors[name])
-        tensor = whole(tensors[name])  # of a shared one too, as the other processes do
+    for name, tensor in tensors.items():
+        local = local_part(tensor)
         identity = (local.data_ptr(), local.shape, local.stride(), local.dtype, local.device)
+        tensor = whole(tensor)  # a shared one too, as the other processes do
         if local.numel() and identity in first_names:
             specifications[name] = first_names[identity]
             continue
         first_names[identity] = name
-        start = body.tell()
-        specifications[name], entry, content = _pack(name, tensor, round_values)
-        body.write(content)
-        header[name] = {**entry, "data_offsets": [start, body.tell()]}
-    described = json.dumps(specifications, separators=(",", ":"))
-    metadata = {
-        "format": FORMAT,
-        "version": VERSION,
-        "crc32": str(zlib.crc32(described.encode())),
-        "tensors": described,
+        at = data.tell()
+        specification, content = _pack(name, tensor, round_values)
+        data.write(content)
+        specifications[name] = {"at": at, **specification}
+    described = json.dumps(specifications, separators=(",", ":")).encode()
+    return zstandard.ZstdCompressor(level=INDEX_LEVEL).compress(described)
+
+
+def _header(data_bytes: int, index: bytes) -> bytes:
+    """What a safetensors file begins with."""
+    end = data_bytes + len(index)
+    header = {
+        "__metadata__": {
+            "format": FORMAT,
+            "version": VERSION,
+            "index_crc32": str(zlib.crc32(index)),
+        },
+        "data": {"dtype": "U8", "shape": [data_bytes], "data_offsets": [0, data_bytes]},
+        "index": {"dtype": "U8", "shape": [len(index)], "data_offsets": [data_bytes, end]},
     }
-    text = json.dumps({"__metadata__": metadata, **header}, separators=(",", ":")).encode()
+    text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
     return len(text).to_bytes(8, "little") + text
 
 
-def _order(tensors: Mapping[str, Tensor]) -> list[str]:
-    """Names by falling size of an element: with packed tensors of n * 8 bytes, all lie aligned."""
-    return sorted(tensors, key=lambda name: -tensors[name].dtype.itemsize)
-
-
-def _pack(name: str, tensor: Tensor, round_values: bool) -> tuple[dict[str, Any], Any, Any]:
-    """A tensor's specification, its safetensors entry and its bytes."""
-    dtype, shape = tensor.dtype, list(tensor.shape)
-    specification: dict[str, Any] = {"dtype": _name(dtype), "shape": shape}
+def _pack(name: str, tensor: Tensor, round_values: bool) -> tuple[dict[str, Any], Any]:
+    """A tensor's specification and its bytes."""
+    dtype = tensor.dtype
+    specification: dict[str, Any] = {"dtype": _name(dtype), "shape": list(tensor.shape)}
     if round_values and tensor.ndim >= 2 and dtype in (torch.float32, torch.float64):
         rounded = tensor.to(torch.bfloat16) + 0.0  # -0.0 would cost a bit a zero
         if bool((rounded.isinf() & ~tensor.isinf()).any()):
@@ -271,18 +277,14 @@ def _pack(name: str, tensor: Tensor, round_values: bool) -> tuple[dict[str, Any]
                 f"{name!r} has {negative_zeros:,} zeros of negative sign, which take a bit or two "
                 "each to keep: a tensor + 0.0 has none, and the same values"
             )
+    content: Any = words.data
     packed = _compress(words)
     if packed is not None:
         places, parts = packed
         content = b"".join(parts)
-        content += bytes(-len(content) % 8)
-        specification["crc32"] = zlib.crc32(content)
         specification |= {"places": places, "parts": [len(part) for part in parts]}
-        return specification, {"dtype": "U8", "shape": [len(content)]}, content
-    specification["crc32"] = zlib.crc32(words.data)
-    if tensor.dtype in SAFETENSORS_DTYPES:
-        return specification, {"dtype": SAFETENSORS_DTYPES[tensor.dtype], "shape": shape}, words
-    return specification, {"dtype": "U8", "shape": [words.nbytes]}, words
+    specification["crc32"] = zlib.crc32(content)
+    return specification, content
 
 
 def _words(tensor: Tensor) -> Array:
@@ -332,38 +334,54 @@ def _planes(words: Array) -> list[Array]:
 # ---------------------------------------------------------------------------- reading
 
 
-def _entries(metadata: Mapping[str, str] | None) -> dict[str, Entry]:
+def _bytes(file: Any, name: str) -> Tensor:
+    """One of the two arrays; they lie in the file's memory map and are read where they are used."""
+    content = file.get_tensor(name) if name in file.keys() else None  # noqa: SIM118
+    if content is None or content.dtype != torch.uint8 or content.ndim != 1:
+        raise SparseFileError(f"damaged: it has no array of bytes named {name!r}")
+    return content
+
+
+def _entries(file: Any) -> dict[str, Entry]:
     """What a file declares, checked as far as it can be without reading the tensors."""
-    metadata = metadata or {}
+    metadata = file.metadata() or {}
     if metadata.get("format") != FORMAT:
         raise SparseFileError("a safetensors file, but none that save_sparse wrote")
     if metadata.get("version") != VERSION:
         raise SparseFileError(
             f"its format has version {metadata.get('version')}, this package reads {VERSION}"
         )
-    described = metadata.get("tensors", "")
-    if metadata.get("crc32") != str(zlib.crc32(described.encode())):
-        raise SparseFileError("damaged: the description of its tensors has a wrong checksum")
+    index = _bytes(file, "index").numpy().data
+    if metadata.get("index_crc32") != str(zlib.crc32(index)):
+        raise SparseFileError("damaged: its index has a wrong checksum")
     try:
-        specifications = json.loads(described)
+        size = zstandard.frame_content_size(index)
+        most = min(MOST_INDEX_BYTES, FREE_INDEX_BYTES + MOST_EXPANSION * len(index))
+        if not 0 < size <= most:
+            raise ValueError(f"an index of {size} bytes")
+        specifications = json.loads(zstandard.ZstdDecompressor().decompress(index))
         alone = {n: _entry(n, s) for n, s in specifications.items() if isinstance(s, dict)}
         return {
             name: alone[name if isinstance(specification, dict) else specification]
             for name, specification in specifications.items()
         }
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise SparseFileError("the description of its tensors is malformed") from error
+    except (
+        ValueError, KeyError, TypeError, AttributeError, RecursionError, zstandard.ZstdError
+    ) as error:  # fmt: skip
+        raise SparseFileError("its index is malformed") from error
 
 
 def _entry(name: str, specification: dict[str, Any]) -> Entry:
     places = specification.get("places")
-    numbers = [*specification["shape"], *specification.get("parts", []), specification["crc32"]]
+    numbers = [specification["at"], specification["crc32"]]
+    numbers += [*specification["shape"], *specification.get("parts", [])]
     if any(type(number) is not int or not 0 <= number < 2**63 for number in numbers):
         raise ValueError("not a size")
     if places not in (None, "mask", *GAPS):
         raise ValueError("not a kind of places")
     return Entry(
         stored_as=name,
+        at=specification["at"],
         dtype=_dtype(specification["dtype"]),
         shape=tuple(specification["shape"]),
         stored=_dtype(specification.get("stored", specification["dtype"])),
@@ -400,28 +418,29 @@ def _check_fit(entries: Mapping[str, Entry], model: nn.Module) -> None:
         raise SparseFileError(f"does not fit {kind}, which has no tensor {extra[0]!r}")
 
 
-def _read(file: Any, name: str, entry: Entry) -> Tensor:
+def _read(data: Tensor, name: str, entry: Entry) -> Tensor:
     try:
-        content = file.get_tensor(name)
-        if entry.places is None:
-            tensor = _read_dense(content, entry)
+        _check(entry.at + entry.length <= len(data))
+        content = data[entry.at : entry.at + entry.length]
+        _check(zlib.crc32(content.numpy().data) == entry.crc32)
+        if entry.places is None:  # a copy, because the file may change
+            tensor = _tensor(content.clone().numpy(), entry)
         else:
-            data = content.numpy()
-            _check(data.dtype == np.uint8 and zlib.crc32(data.data) == entry.crc32)
-            tensor = _decompress(data, entry)
+            tensor = _decompress(content.numpy(), entry)
         if entry.stored == torch.bool:  # torch takes it for granted
             _check(bool((tensor.view(torch.uint8) <= 1).all()))
         return tensor.to(entry.dtype)
-    except (ValueError, RuntimeError, zstandard.ZstdError, SafetensorError) as error:
+    except (ValueError, RuntimeError, zstandard.ZstdError) as error:
         raise SparseFileError(f"the tensor {name!r} is damaged") from error
 
 
-def _read_dense(content: Tensor, entry: Entry) -> Tensor:
-    if entry.stored not in SAFETENSORS_DTYPES:
-        content = content.view(entry.stored).reshape(entry.shape)
-    _check(content.dtype == entry.stored and tuple(content.shape) == entry.shape)
-    _check(zlib.crc32(_words(content).data) == entry.crc32)
-    return content
+def _tensor(content: Array, entry: Entry) -> Tensor:
+    """The tensor whose little-endian bytes these are."""
+    if not content.size:  # NumPy's empty arrays have strides that torch does not view
+        return torch.empty(entry.shape, dtype=entry.stored)
+    if sys.byteorder != "little":
+        content = content.view(f"u{min(entry.stored.itemsize, 8)}").byteswap().view(np.uint8)
+    return torch.from_numpy(content).view(entry.stored).reshape(entry.shape)
 
 
 def _decompress(data: Array, entry: Entry) -> Tensor:
@@ -430,7 +449,7 @@ def _decompress(data: Array, entry: Entry) -> Tensor:
     assert entry.places is not None
     place_parts = 1 if entry.places == "mask" else GAPS[entry.places].itemsize
     ends = list(itertools.accumulate(entry.parts, initial=0))
-    _check(len(entry.parts) == place_parts + width and ends[-1] <= data.size)
+    _check(len(entry.parts) == place_parts + width)
     frames = [data.data[start:end] for start, end in itertools.pairwise(ends)]
     sizes = [zstandard.frame_content_size(frame) for frame in frames]
     count = sizes[-1]
@@ -454,8 +473,7 @@ def _decompress(data: Array, entry: Entry) -> Tensor:
     _check(len(positions) == count and (count == 0 or int(positions[-1]) < words))
     out = np.zeros(words, values.dtype)
     out[positions] = values
-    native = out if sys.byteorder == "little" else out.byteswap()
-    return torch.from_numpy(native.view(np.uint8)).view(entry.stored).reshape(entry.shape)
+    return _tensor(out.view(np.uint8), entry)
 
 
 def _join(planes: list[Array], dtype: np.dtype[Any]) -> Array:
