@@ -376,6 +376,74 @@ def test_whatever_the_network_its_outputs_stay(name, seed):
     assert_same_outputs(small, model, torch.randn(4, *shape))
 
 
+class Written(nn.Module):
+    """What it writes in place depends on the input, though the buffer was made of nothing."""
+
+    def __init__(self, how: str) -> None:
+        super().__init__()
+        self.how = how
+        self.first, self.head = nn.Linear(4, 6), nn.Linear(6, 3)
+        with torch.no_grad():
+            self.first.weight[:3] = 0
+
+    def forward(self, x):
+        hidden = self.first(x)
+        if self.how == "into a buffer":
+            buffer = torch.zeros(len(x), 6)
+            buffer[:, 1:3] = hidden[:, 3:5]
+            return self.head(buffer)
+        if self.how == "through a view":
+            hidden.view(-1)[::2].add_(x.sum())
+            return self.head(hidden)
+        if self.how == "by way of Python":
+            return self.head(torch.full((len(x), 6), float(x.sum())))
+        hidden.relu_()
+        return self.head(hidden)
+
+
+@pytest.mark.parametrize(
+    "how", ["into a buffer", "through a view", "by way of Python", "all of it"]
+)
+def test_what_is_written_in_place_is_no_constant(how):
+    torch.manual_seed(0)
+    model = Written(how)
+    small = compact(model, torch.randn(1, 4))  # one input, for which all is the same everywhere
+    assert_same_outputs(small, model, torch.randn(5, 4))
+    if how == "all of it":
+        assert small.first.out_features == 3
+
+
+def test_a_square_conv1d_folds_along_the_right_dimension():
+    transformers = pytest.importorskip("transformers")
+    torch.manual_seed(0)
+    conv1d = transformers.pytorch_utils.Conv1D
+    model = nn.Sequential(conv1d(6, 4), nn.GELU(), conv1d(6, 6))
+    with torch.no_grad():
+        model[0].weight[:, :2] = 0
+        model[0].bias.normal_()
+    small = compact(model, torch.randn(2, 4))
+    assert small[0].nf == 4
+    assert_same_outputs(small, model, torch.randn(5, 4))
+
+
+def test_infinite_outputs_hide_no_difference():
+    class Masked(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layers = mlp(4, 8, 3)
+            with torch.no_grad():
+                self.layers[0].weight[:4] = 0
+
+        def forward(self, x):
+            noise = torch.rand(())
+            return (self.layers(x) + noise).masked_fill(
+                torch.tensor([True, False, False]), torch.inf
+            )
+
+    with pytest.raises(CompactError, match="differ by"):
+        compact(Masked(), torch.randn(2, 4))
+
+
 def test_how_much_goes_from_some_of_them():
     torch.manual_seed(0)
     model = Fixed()

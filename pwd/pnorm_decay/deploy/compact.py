@@ -68,11 +68,11 @@ class Compaction:
             lines.append("Every unit has weights that come in, and every unit is read.")
         for reason, number in self.kept.items():
             units = (
-                "1 unit that no weight enters stays"
+                "unit that no weight enters stays"
                 if number == 1
-                else (f"{number} units that no weight enters stay")
+                else "units that no weight enters stay"
             )
-            lines.append(f"{units}: {reason}")
+            lines.append(f"{number} {units}: {reason}")
         if self.computed:
             lines.append(
                 f"The weight of {', '.join(self.computed)} is computed in every call, so that its "
@@ -105,23 +105,24 @@ def compact(model: nn.Module, example: Tensor) -> nn.Module:
             named where it is known. The model is as it was in any case.
     """
     expected = _outputs(model, example)
+    # Code may count on a number of channels: then what goes through such code stays.
     for strictness in (0, 1, 2):
         small = copy.deepcopy(model)
         compaction = _compact(small, example, strictness)
         try:
             difference = _difference(expected, _outputs(small, example))
         except CompactError:
-            # Code that counts on the number of channels: what goes through such code stays then.
             if strictness == 2:
                 raise
-            continue
-        if not difference <= TOLERANCE:
-            raise CompactError(
-                f"{type(model).__name__} without the units of {', '.join(compaction.layers)} gives "
-                f"outputs that differ by {difference:.1e} of the largest: how its layers are "
-                "connected was not understood"
-            )
-        break
+        else:
+            if difference <= TOLERANCE:
+                break
+    else:
+        raise CompactError(
+            f"{type(model).__name__} without the units of {', '.join(compaction.layers)} gives "
+            f"outputs that differ by {difference:.1e} of the largest: how its layers are connected "
+            "was not understood"
+        )
     small.compaction = compaction  # type: ignore[assignment]
     logger.log(logging.INFO if compaction.layers else logging.WARNING, "%s", compaction)
     return small
@@ -229,15 +230,18 @@ class _Evaluation:
 
 
 def _difference(expected: list[Tensor], outputs: list[Tensor]) -> float:
-    """The largest difference, as a fraction of the largest output; NaNs must be the same."""
+    """The largest difference, as a fraction of the largest output; infinity for NaNs elsewhere."""
     worst = 0.0
     for one, other in zip(expected, outputs, strict=True):
-        if one.shape != other.shape or not torch.equal(one.isnan(), other.isnan()):
+        if one.shape != other.shape:
             return torch.inf
-        different = one.nan_to_num(0) != other.nan_to_num(0)
-        if different.any():
-            scale = float(one.nan_to_num(0).abs().max())
-            worst = max(worst, float((one - other)[different].abs().max()) / max(scale, 1e-30))
+        one, other = one.double(), other.double()
+        finite = one.isfinite()
+        if not torch.equal(one[~finite].nan_to_num(0), other[~finite].nan_to_num(0)):
+            return torch.inf
+        if finite.any():
+            distance = float((one - other)[finite].abs().max())
+            worst = max(worst, distance / max(float(one[finite].abs().max()), 1e-30))
     return worst
 
 
@@ -300,7 +304,7 @@ def _fold(model: nn.Module, reader: Reader, removed: Tensor) -> None:
     if not constants.any():
         return
     weight, bias = reader.weight.detach(), reader.bias
-    if weight.shape[0] != len(reader.outputs) or weight.shape[1] != len(reader.inputs):
+    if reader.out_dim:
         weight = weight.transpose(0, 1)
     chosen = weight[:, constants.to(weight.device)].unsqueeze(-1).flatten(2).double().sum(2)
     added = chosen @ reader.values[constants].to(chosen)

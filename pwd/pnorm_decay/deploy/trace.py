@@ -9,6 +9,7 @@ ones. Whatever is not understood pins the channels that it sees: they stay.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -57,6 +58,7 @@ class Reader:
     """A weight as a matrix from channels to channels.
 
     Attributes:
+        out_dim: which dimension of the weight the outputs are, 0 or 1.
         inputs, outputs: labels, (in,) and (out,).
         nonzero: bool (out, in).
         folds: bool (in,): channels that are constant and can become part of the bias.
@@ -64,6 +66,7 @@ class Reader:
     """
 
     weight: Tensor
+    out_dim: int
     bias: Tensor | None
     inputs: Tensor
     outputs: Tensor
@@ -74,10 +77,11 @@ class Reader:
 
 @dataclass
 class Flow:
-    """The label of each element of a tensor, and whether it is constant."""
+    """The label of each element of a tensor, and whether it is constant, after some writes."""
 
     labels: Tensor
     constant: Tensor
+    writes: int = 0
 
 
 @dataclass(eq=False)
@@ -108,13 +112,14 @@ class Trace(TorchDispatchMode):
         self._flows: Any = WeakTensorKeyDictionary()
         self._transposed: Any = WeakTensorKeyDictionary()
         self._frozen: dict[int, str] = {}
+        self._writes: Counter[int] = Counter()  # in place, into each storage
+        self._left = False  # whether numbers have left torch for Python, and may have come back
 
     @torch.no_grad()
     def run(self, inputs: Tensor) -> Any:
         """Runs the model on an example and returns its outputs."""
-        self._flows[inputs] = Flow(
-            torch.zeros(inputs.shape, dtype=torch.long), torch.zeros(inputs.shape, dtype=torch.bool)
-        )
+        labels = torch.zeros(inputs.shape, dtype=torch.long)
+        self._note(inputs, labels, labels.bool())
         with self._layer_names(), self:
             outputs = self.model(inputs)
         for leaf in tree_leaves(outputs):
@@ -198,12 +203,19 @@ class Trace(TorchDispatchMode):
     def _flow(self, tensor: Tensor) -> Flow:
         """What is known of a tensor; one that does not come from the input is constant."""
         known = self._flows.get(tensor)
-        if known is not None:
+        writes = self._writes[_storage(tensor)]
+        if known is not None and known.writes == writes:
             return known
-        return Flow(
-            torch.zeros((), dtype=torch.long).expand(tensor.shape),
-            torch.ones((), dtype=torch.bool).expand(tensor.shape),
-        )
+        if known is not None:  # written through another view of its memory
+            self._pin(known.labels, f"overwritten in {self._here}")
+        labels = torch.zeros((), dtype=torch.long).expand(tensor.shape)
+        constant = torch.tensor(known is None and not writes and not self._left)
+        return Flow(labels, constant.expand(tensor.shape))
+
+    def _note(self, tensor: Tensor, labels: Tensor, constant: Tensor) -> None:
+        shape = tensor.shape
+        writes = self._writes[_storage(tensor)]
+        self._flows[tensor] = Flow(labels.expand(shape), constant.expand(shape), writes)
 
     # ------------------------------------------------------------------ operations
 
@@ -216,9 +228,13 @@ class Trace(TorchDispatchMode):
             self._transposed[out] = weight, turned ^ (name not in ("detach", "alias"))
         elif not self._layer_of(name, args, kwargs or {}, out):
             self._freeze(tensors, name)
-            if any(tensor in self._flows for tensor in tensors):
+            if any(self._is_followed(tensor) for tensor in tensors):
+                self._left |= name == "_local_scalar_dense"
                 self._follow(func, name, args, kwargs or {}, tensors, out)
         return out
+
+    def _is_followed(self, tensor: Tensor) -> bool:
+        return tensor in self._flows or bool(self._writes[_storage(tensor)])
 
     def _is_weight(self, tensor: Any) -> bool:
         if not isinstance(tensor, Tensor) or tensor.ndim != 2:
@@ -302,7 +318,9 @@ class Trace(TorchDispatchMode):
         known = self.readers.get(id(weight))
         if known is None:
             outputs = self._axis(weight, out_dim, self._fresh(nonzero.shape[0]))
-            self.readers[id(weight)] = Reader(weight, bias, inputs, outputs, nonzero, folds, values)
+            self.readers[id(weight)] = Reader(
+                weight, out_dim, bias, inputs, outputs, nonzero, folds, values
+            )
         else:
             outputs = known.outputs
             known.folds &= folds & (known.values == 0) & (values == 0)
@@ -327,20 +345,19 @@ class Trace(TorchDispatchMode):
     def _made(self, out: Tensor, labels: Tensor, constant: Tensor, dim: int) -> None:
         shape = [1] * out.ndim
         shape[dim] = -1
-        self._flows[out] = Flow(
-            labels.reshape(shape).expand(out.shape), constant.reshape(shape).expand(out.shape)
-        )
+        self._note(out, labels.reshape(shape), constant.reshape(shape))
 
     def _follow(
         self, func: Any, name: str, args: Any, kwargs: Any, tensors: list[Tensor], out: Any
     ) -> None:
         """Follows an operation without parameters."""
         flows = [self._flow(tensor) for tensor in tensors]
+        self._writes.update(_storage(tensor) for tensor in _written(func, args, kwargs))
         if torch.Tag.pointwise in func.tags or name in ELEMENTWISE:
-            self._flows[out] = self._joined(flows, out.shape)
-        elif name in MOVES:
-            self._move(func, name, args, kwargs, out)
-        elif name in WINDOWS and self._window(name, args, flows[0], out):
+            self._note(out, *self._joined(flows, out.shape))
+        elif (name in MOVES and self._move(func, name, args, kwargs, out)) or (
+            name in WINDOWS and self._window(name, args, flows[0], out)
+        ):
             pass
         elif name in ("mm", "bmm") and self._product(tensors, flows, out):
             self._pin(flows[0].labels, f"summed over in {self._here}")
@@ -355,10 +372,9 @@ class Trace(TorchDispatchMode):
             self._pin(flow.labels, f"read by {name} in {self._here}")
         for leaf in tree_leaves(out):
             if isinstance(leaf, Tensor):
-                labels = torch.zeros((), dtype=torch.long).expand(leaf.shape)
-                self._flows[leaf] = Flow(labels, torch.zeros_like(labels, dtype=torch.bool))
+                self._note(leaf, torch.tensor(PINNED), torch.tensor(False))
 
-    def _joined(self, flows: list[Flow], shape: torch.Size) -> Flow:
+    def _joined(self, flows: list[Flow], shape: torch.Size) -> tuple[Tensor, Tensor]:
         constant = torch.ones((), dtype=torch.bool)
         labels: Tensor | None = None
         for flow in flows:
@@ -377,10 +393,10 @@ class Trace(TorchDispatchMode):
                 other.shape[dim - missing] > 1 and _varies(labels, dim)
                 for dim in range(missing, len(shape))
             ):
-                self._pin(labels, f"combined with what is no channel in {self._here}")
-        return Flow(labels, constant.expand(shape))
+                self._pin(labels, f"joined with what cannot be removed in {self._here}")
+        return labels, constant
 
-    def _move(self, func: Any, name: str, args: Any, kwargs: Any, out: Any) -> None:
+    def _move(self, func: Any, name: str, args: Any, kwargs: Any, out: Any) -> bool:
         def apply(what: str) -> Any:
             def part(arg: Any) -> Any:
                 return getattr(self._flow(arg), what) if isinstance(arg, Tensor) else arg
@@ -392,13 +408,17 @@ class Trace(TorchDispatchMode):
                 return torch.reshape(*moved[:2])  # labels have strides of their own
             return func(*moved, **kwargs)
 
-        labels, constant = apply("labels"), apply("constant")
+        try:
+            labels, constant = apply("labels"), apply("constant")
+        except (RuntimeError, TypeError):  # a view as another dtype, and what else there is
+            return False
         before = [self._flow(leaf).labels for leaf in tree_leaves(args) if isinstance(leaf, Tensor)]
         for tensor, these, whether in zip(
             tree_leaves(out), tree_leaves(labels), tree_leaves(constant), strict=True
         ):
-            self._flows[tensor] = Flow(these, whether)
+            self._note(tensor, these, whether)
             self._constrain(before, these)
+        return True
 
     def _constrain(self, before: list[Tensor], after: Tensor) -> None:
         """Notes that channels lie in a grid now, such as heads, or pins what code may count on."""
@@ -414,7 +434,8 @@ class Trace(TorchDispatchMode):
                     after = after.narrow(dim, 0, 1)
             self.grids.append(after.reshape([s for s in after.shape if s > 1]))
         elif len(varying) > 1 or (changed and self.strictness == 2):
-            self._pin(after, f"reshaped in {self._here}")
+            for labels in (*before, after):
+                self._pin(labels, f"reshaped in {self._here}")
 
     def _window(self, name: str, args: Any, flow: Flow, out: Any) -> bool:
         labels, constant = flow.labels, flow.constant
@@ -434,7 +455,7 @@ class Trace(TorchDispatchMode):
             labels, constant = labels.squeeze(reduced), constant.squeeze(reduced)
         if any(a not in (1, b) for a, b in zip(labels.shape, out.shape, strict=True)):
             return False
-        self._flows[out] = Flow(labels.expand(out.shape), constant.expand(out.shape))
+        self._note(out, labels, constant)
         return True
 
     def _product(self, tensors: list[Tensor], flows: list[Flow], out: Tensor) -> bool:
@@ -443,19 +464,14 @@ class Trace(TorchDispatchMode):
         if _varies(labels, labels.ndim - 2):
             return False
         zero = flows[1].constant & (tensors[1] == 0).cpu()
-        self._flows[out] = Flow(
-            labels.narrow(-2, 0, 1).expand(out.shape), zero.all(-2, keepdim=True).expand(out.shape)
-        )
+        self._note(out, labels.narrow(-2, 0, 1), zero.all(-2, keepdim=True))
         return True
 
     def _attention(self, values: Flow, out: Tensor) -> bool:
         labels = values.labels
         if _varies(labels, labels.ndim - 2):
             return False
-        constant = values.constant.all(-2, keepdim=True)
-        self._flows[out] = Flow(
-            labels.narrow(-2, 0, 1).expand(out.shape), constant.expand(out.shape)
-        )
+        self._note(out, labels.narrow(-2, 0, 1), values.constant.all(-2, keepdim=True))
         return True
 
 
@@ -469,6 +485,18 @@ def _layer_tensors(model: nn.Module) -> set[int]:
         for tensor in (*module._parameters.values(), *module._buffers.values()):
             (layers if is_layer else others).add(id(tensor))
     return layers - others
+
+
+def _storage(tensor: Tensor) -> int:
+    return tensor.untyped_storage().data_ptr()
+
+
+def _written(func: Any, args: Any, kwargs: Any) -> Iterator[Tensor]:
+    """The tensors that an operation writes into."""
+    for position, argument in enumerate(func._schema.arguments):
+        if argument.alias_info is not None and argument.alias_info.is_write:
+            value = kwargs.get(argument.name) if argument.kwarg_only else args[position]
+            yield from (leaf for leaf in tree_leaves(value) if isinstance(leaf, Tensor))
 
 
 def _varies(labels: Tensor, dim: int) -> bool:
