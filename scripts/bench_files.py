@@ -149,6 +149,8 @@ def networks(
         for tensor in state.values():
             if tensor.ndim > 1:
                 tensor[torch.rand(tensor.shape, generator=generator) < sparsity] = 0
+            elif tensor.is_floating_point():  # as if trained; all ones would compress too well
+                tensor.normal_(generator=generator)
         yield "ResNet18, random zeros", state, None
     for name, path, result in trained_networks(runs):
         yield name, torch.load(path, weights_only=True), result
@@ -235,6 +237,7 @@ def main() -> None:
     arguments = parser.parse_args()
     if arguments.rounds < 1:
         parser.error("--rounds must be at least 1")
+    torch.set_num_threads(1)
     rows = [
         row
         for name, state, result in networks(arguments.sparsities, arguments.runs)
