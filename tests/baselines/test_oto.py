@@ -8,7 +8,7 @@ from torch import nn
 
 from pnorm_decay.baselines import OTO, compact
 from pnorm_decay.deploy import ChannelGroup, channel_groups
-from pnorm_decay.models import ResNet18
+from pnorm_decay.models import GPT, ResNet18
 from pnorm_decay.sparsity import sparsity, zero_fraction
 from pnorm_decay.training.settings import ConfigError
 
@@ -103,6 +103,26 @@ def test_the_compact_model_has_the_same_logits_and_no_zeros(pruned):
     assert sizes[0] == round((1 - sparsity(model)) * sizes[1])
     assert removed(small)[0] == 0
     assert removed(model)[1] == removed(small)[1] + removed(model)[0]  # and the model is as it was
+
+
+def test_a_gpt_loses_neurons_of_its_mlps():
+    torch.manual_seed(0)
+    model = GPT(9, 2, 2, 8, 4, bias=True)
+    tokens = torch.randint(9, (2, 4))
+    pruning = OTO(0.5, periods=1, end=1.0)
+    pruning.setup(model, tokens, steps=3, warmup=0)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    for step in range(3):
+        model(tokens).square().mean().backward()
+        pruning.before_step(step)
+        optimizer.step()
+        pruning.after_step(step)
+        optimizer.zero_grad()
+    before = model.eval()(tokens)
+    pruning.finish(lambda _: 0.0)
+    small = compact(model, tokens)
+    assert sum(block.mlp.fc.out_features for block in small.blocks) == 32  # of 64
+    torch.testing.assert_close(small(tokens), before, rtol=1e-4, atol=1e-6)
 
 
 def test_groups_go_to_zero_on_a_straight_line_and_the_others_are_left_alone():

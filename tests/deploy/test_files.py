@@ -308,6 +308,7 @@ def test_any_changed_byte_is_found(small_file, tmp_path):
         (safetensors.torch.save({"a": torch.zeros(2)}), "none that save_sparse wrote"),
         (safetensors.torch.save({}, {"format": files.FORMAT, "version": "9"}), "version 9"),
     ],
+    ids=["empty", "zip", "huge header", "another writer", "newer version"],
 )
 def test_foreign_files(tmp_path, content, message):
     (tmp_path / "x").write_bytes(content)
