@@ -8,7 +8,7 @@ SCALE ?= demo
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help setup lock data sweep figures explorer verify reproduce-figures bench bench-optimizer bench-training bench-sweep bench-files dashboard sync soak test test-ray notebooks lint clean
+.PHONY: help setup lock data sweep figures explorer verify reproduce-figures bench bench-optimizer bench-training bench-sweep bench-files bench-compact dashboard sync soak test test-ray notebooks lint clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-18s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -63,6 +63,9 @@ bench-sweep: $(READY) ## measure a sweep's runs per hour, into results/bench/swe
 
 bench-files: $(READY) ## measure sparse networks as files, into results/bench/sparse_files.csv
 	$(BIN)/python scripts/bench_files.py
+
+bench-compact: $(READY) ## measure what compact leaves of the sparse networks in runs/, into results/bench/compact.csv
+	$(BIN)/python scripts/bench_compact.py
 
 dashboard: $(READY) ## browse the offline W&B runs in the terminal
 	@test -d runs/wandb || { echo "no runs yet: make reproduce-figures makes some"; exit 1; }
