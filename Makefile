@@ -10,7 +10,7 @@ COLLECT := $(if $(filter demo,$(SCALE)),--anew)
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help setup lock data sweep figures explorer verify reproduce-figures bench bench-optimizer bench-training bench-sweep dashboard sync soak test test-ray notebooks lint clean
+.PHONY: help setup lock data sweep figures explorer verify reproduce-figures bench bench-optimizer bench-training bench-sweep bench-files bench-compact dashboard sync soak test test-ray notebooks lint clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-18s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -52,7 +52,7 @@ explorer: $(READY) ## write results/explorer.html: all recorded runs, to choose 
 verify: $(READY) ## train one recorded run of each experiment again and compare it with its record
 	$(BIN)/python scripts/verify.py
 
-bench: bench-optimizer bench-training bench-sweep ## run every benchmark, alone on the machine
+bench: bench-optimizer bench-training bench-sweep bench-files ## run every benchmark, alone on the machine
 
 bench-optimizer: $(READY) ## time the optimizers against fused AdamW, into results/bench/optimizer.csv
 	$(BIN)/python scripts/bench_optimizer.py
@@ -62,6 +62,12 @@ bench-training: $(READY) ## time the trainer against a straightforward loop, int
 
 bench-sweep: $(READY) ## measure a sweep's runs per hour, into results/bench/sweep.csv
 	$(BIN)/python scripts/bench_sweep.py
+
+bench-files: $(READY) ## measure sparse networks as files, into results/bench/sparse_files.csv
+	$(BIN)/python scripts/bench_files.py
+
+bench-compact: $(READY) ## measure what compact leaves of the sparse networks in runs/, into results/bench/compact.csv
+	$(BIN)/python scripts/bench_compact.py
 
 dashboard: $(READY) ## browse the offline W&B runs in the terminal
 	@test -d runs/wandb || { echo "no runs yet: make reproduce-figures makes some"; exit 1; }

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import platform
 import subprocess
+from collections.abc import Iterator
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,10 @@ from typing import Any
 import pandas as pd
 import torch
 
+from pnorm_decay import records
 from pnorm_decay.files import write_text
+
+MODEL_FILE = "model.pt"
 
 
 def machine() -> dict[str, str | int]:
@@ -37,3 +41,21 @@ def machine() -> dict[str, str | int]:
 def write_rows(path: Path, rows: list[dict[str, Any]]) -> None:
     """Writes a benchmark's rows as CSV, atomically."""
     write_text(path, pd.DataFrame(rows).to_csv(index=False, lineterminator="\n"))
+
+
+def trained_networks(runs: Path) -> Iterator[tuple[str, Path, dict[str, Any]]]:
+    """(name, network, result) of finished runs that saved a sparse one.
+
+    Of runs with the same experiment, method, p and percent of zeros it is the first.
+    """
+    seen = set()
+    for scale, experiment, result in records.recorded_runs(runs):
+        record = result["record"]
+        network = runs / scale / experiment / record["run_id"] / MODEL_FILE
+        if record["status"] != "finished" or not network.exists():
+            continue
+        percent = round(100 * record["zero_fraction"])
+        name = f"{scale}/{experiment} {record['method']} p={record['p']:g} {percent} %"
+        if percent >= 50 and name not in seen:
+            seen.add(name)
+            yield name, network, result

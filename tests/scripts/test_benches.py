@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import importlib.util
+import json
 import sys
 from typing import Any
 
 import pandas as pd
 import pytest
+import torch
 
-from conftest import REPOSITORY
+from conftest import REPOSITORY, SHORT
+from pnorm_decay.models import ResNet18
 
 
 @pytest.fixture
@@ -65,3 +68,66 @@ def test_a_way_that_is_none_is_refused(load, monkeypatch, capsys, text):
     with pytest.raises(SystemExit):
         bench.main()
     assert "must be WORKERSxTHREADS" in capsys.readouterr().err
+
+
+@pytest.fixture
+def sparse_run(run_program, tmp_path):
+    """A folder of runs with one whose network has dead channels."""
+    runs = tmp_path / "runs"
+    overrides = [*SHORT, f"runs_dir={runs}", "skip_recorded=false", "logger=none"]
+    assert (
+        run_program("experiments/train.py", "experiment=demo/resnet_digits", *overrides).code == 0
+    )
+    (network,) = runs.glob("*/*/*/model.pt")
+    state = torch.load(network, weights_only=True)
+    for name, tensor in state.items():
+        if name.endswith("conv1.weight"):
+            tensor[::2] = 0
+    result = json.loads((network.parent / "result.json").read_text())
+    result["record"]["zero_fraction"] = 0.6
+    (network.parent / "result.json").write_text(json.dumps(result))
+    torch.save(state, network)
+    return runs
+
+
+def test_sparse_networks_are_compared_as_files(load, monkeypatch, tmp_path, capfd, sparse_run):
+    bench = load("bench_files")
+    monkeypatch.setattr(bench, "ResNet18", lambda: ResNet18(width=4))
+    output = tmp_path / "files.csv"
+    arguments = ["--sparsities", "0.9", "--rounds", "1", "--runs", str(sparse_run)]
+    monkeypatch.setattr(sys, "argv", ["bench", *arguments, "--output", str(output)])
+    bench.main()
+    rows = pd.read_csv(output)
+    assert list(rows["network"].unique()) == [
+        "ResNet18, random zeros", "demo/resnet_digits pwd p=0.8 60 %"
+    ]  # fmt: skip
+    assert list(rows["format"].unique()) == list(bench.FORMATS)
+    sizes = rows.pivot(index="network", columns="format", values="bytes")
+    assert (sizes["save_sparse"] < 0.75 * sizes["torch.save"]).all()
+    assert (sizes["save_sparse bf16"] < sizes["save_sparse"]).all()
+    reached = rows[rows["network"].str.startswith("demo")].set_index("format")["val_accuracy"]
+    assert reached.notna().sum() == 2
+    assert "Sparse networks as files" in capfd.readouterr().out
+
+
+def test_what_compaction_leaves(load, monkeypatch, tmp_path, capfd, sparse_run):
+    bench = load("bench_compact")
+    output = tmp_path / "compact.csv"
+    arguments = ["--runs", str(sparse_run), "--batch-sizes", "2", "--seconds", "0.01"]
+    monkeypatch.setattr(sys, "argv", ["bench", *arguments, "--output", str(output)])
+    bench.main()
+    (row,) = pd.read_csv(output).to_dict("records")
+    assert 0.3 < row["parameters_left"] < 0.9
+    assert 0.3 < row["multiply_adds_left"] < 0.9
+    assert row["speedup"] == pytest.approx(
+        row["milliseconds"] / row["compact_milliseconds"], rel=0.1
+    )
+    assert "What compact leaves" in capfd.readouterr().out
+
+
+def test_no_sparse_network_to_compact(load, monkeypatch, tmp_path, capsys):
+    bench = load("bench_compact")
+    monkeypatch.setattr(sys, "argv", ["bench", "--runs", str(tmp_path)])
+    with pytest.raises(SystemExit):
+        bench.main()
+    assert "no saved sparse network" in capsys.readouterr().err

@@ -4,119 +4,13 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Mapping
-from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch_pruning
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
 
 from pnorm_decay.baselines.base import Loss, SparsityMethod, check, number, whole
-
-
-@dataclass(frozen=True)
-class ChannelGroup:
-    """Channels that can only be removed together from all the layers that share them.
-
-    Attributes:
-        root: one of the layers that make them.
-        channels: their number.
-        producers: parameters whose first dimension is the channel: convolutions, linear layers,
-            batch norms. A channel whose part of all of them is zero is zero whatever comes in.
-        consumers: weights whose second dimension is the channel: the layers that read it.
-    """
-
-    root: nn.Module
-    channels: int
-    producers: list[Tensor]
-    consumers: list[Tensor]
-
-
-def channel_groups(model: nn.Module, example: Tensor) -> tuple[Any, list[ChannelGroup]]:
-    """The zero-invariant groups of a model, from torch-pruning's dependency graph.
-
-    Channels that nothing reads are the model's outputs and belong to no group.
-
-    Args:
-        model: of convolutions, linear layers and batch norms, whose channels nothing reorders.
-        example: a small batch of its inputs.
-
-    Returns:
-        The graph, and the groups in the graph's order.
-
-    Raises:
-        ValueError: the model cannot be traced, or has another kind of layer on such channels.
-    """
-    training = model.training
-    name = type(model).__name__
-    try:
-        graph = torch_pruning.DependencyGraph().build_dependency(
-            model, example_inputs=(example,), verbose=False
-        )
-        found = list(graph.get_all_groups(root_module_types=[nn.Conv2d, nn.Linear]))
-    except Exception as error:  # of many kinds, for whatever the tracing meets
-        raise ValueError(f"torch-pruning cannot trace {name}: {error}") from error
-    finally:
-        model.train(training)  # the tracing leaves it in evaluation mode
-    groups = [_read(graph, group, name) for group in found]
-    groups = [group for group in groups if group.consumers]
-    if not groups:
-        raise ValueError(f"{name} has no channels that could be removed")
-    return graph, groups
-
-
-def _read(graph: Any, found: Any, name: str) -> ChannelGroup:
-    root = found[0].dep.target.module
-    channels = len(found[0].idxs)
-    producers: list[Tensor] = []
-    consumers: list[Tensor] = []
-    for dependency, indices in found:
-        layer = dependency.target.module
-        if isinstance(layer, nn.Module) and not list(layer.parameters(recurse=False)):
-            continue  # an activation, a sum: it keeps zeros, which OTO checks
-        dense = isinstance(layer, nn.Linear) or (isinstance(layer, nn.Conv2d) and layer.groups == 1)
-        if not (dense or isinstance(layer, _BatchNorm)):
-            raise ValueError(
-                f"{name} has channels of a {type(layer).__name__}; only those of "
-                "convolutions, linear layers and batch norms can be removed"
-            )
-        if [int(index) for index in indices] != list(range(channels)):
-            raise ValueError(f"{name} reorders its channels before {layer}")
-        if dense and graph.is_in_channel_pruning_fn(dependency.handler):
-            consumers.append(layer.weight)
-        else:
-            producers += [part for part in (layer.weight, layer.bias) if part is not None]
-    return ChannelGroup(root, channels, producers, consumers)
-
-
-def compact(model: nn.Module, example: Tensor) -> nn.Module:
-    """A smaller copy of a model, without the channels that are zero.
-
-    Args:
-        model: see `channel_groups`.
-        example: a small batch of its inputs.
-
-    Returns:
-        A network with the same outputs. A group whose channels are all zero keeps one of them.
-
-    Raises:
-        ValueError: see `channel_groups`.
-    """
-    small = copy.deepcopy(model)
-    graph, groups = channel_groups(small, example)
-    zero = [_is_zero(group).tolist() for group in groups]
-    for group, zero_channels in zip(groups, zero, strict=True):
-        indices = [index for index, is_zero in enumerate(zero_channels) if is_zero]
-        indices = indices[: group.channels - 1]
-        if indices:
-            remove = graph.get_pruner_of_module(group.root).prune_out_channels
-            graph.get_pruning_group(group.root, remove, indices).prune()
-    return small
-
-
-def _is_zero(group: ChannelGroup) -> Tensor:
-    return (_rows(group, group.producers) == 0).all(1)
+from pnorm_decay.deploy import ChannelGroup, CompactError, channel_groups
 
 
 def _rows(group: ChannelGroup, tensors: list[Tensor]) -> Tensor:
@@ -133,7 +27,7 @@ class OTO(SparsityMethod):
     `(T - t - 1) / (T - t)`, so that they go to zero on a straight line and reach it exactly.
     From then on they stay there. The other groups are trained as without OTO. At the end the
     weights that read a removed channel, which nothing depends on any more, are zero too: the zeros
-    of the model are then what `compact` cuts out.
+    of the model are then what `pnorm_decay.deploy.compact` cuts out.
 
     The saliency of a channel is the sum of five scores of its parameters x and their gradient g,
     each divided by its norm over all channels: `|x|`, `|x| / sqrt(size)`, `1 + cos(x, g)`,
@@ -144,7 +38,7 @@ class OTO(SparsityMethod):
     (arXiv:2409.09085); scores, their equal weights and the projection are read from the authors'
     public repository. Ours: g is the loss's gradient at one step, where theirs is the optimizer's
     direction; every layer keeps at least one channel; the share of training that the periods fill
-    (`end`); and the groups come from torch-pruning's graph.
+    (`end`); and the groups are those of `pnorm_decay.deploy.channel_groups`.
 
     Args:
         sparsity: the fraction of all channels to be removed, in [0, 1).
@@ -165,8 +59,11 @@ class OTO(SparsityMethod):
 
     def setup(self, model: nn.Module, example: Tensor, *, steps: int, warmup: int) -> None:
         super().setup(model, example, steps=steps, warmup=warmup)
+        try:
+            self._groups = channel_groups(model, example)
+        except CompactError as error:
+            raise ValueError(str(error)) from error
         _check_zero_invariance(model, example)
-        self._groups = channel_groups(model, example)[1]
         sizes = [group.channels for group in self._groups]
         self._target = round(self.sparsity * sum(sizes))
         most = sum(sizes) - len(sizes)
@@ -261,22 +158,22 @@ class OTO(SparsityMethod):
 
 @torch.no_grad()
 def _check_zero_invariance(model: nn.Module, example: Tensor) -> None:
-    """Cuts zeroed channels out of a copy and compares the outputs, before anything is trained.
+    """Zeroes channels of a copy, then what reads them, before anything is trained.
 
     Raises:
-        ValueError: they differ, so that the graph has missed something of this model.
+        ValueError: the outputs differ, so that a channel whose weights are zero is not.
     """
     trial = copy.deepcopy(model).eval()
-    with torch.enable_grad():  # the tracing follows the backward graph
-        groups = channel_groups(trial, example)[1]
-        for group in groups:
-            for parameter in group.producers:
-                parameter.data[1::2] = 0
-        small = compact(trial, example)
-    expected, outputs = trial(example), small(example)
-    scale = float(expected.abs().max())
-    if not torch.allclose(outputs, expected, rtol=1e-3, atol=1e-3 * scale):
+    groups = channel_groups(trial, example)
+    for group in groups:
+        for parameter in group.producers:
+            parameter[1::2] = 0
+    expected = trial(example)
+    for group in groups:
+        for weight in group.consumers:
+            weight[:, 1::2] = 0
+    if not torch.equal(trial(example), expected):
         raise ValueError(
-            f"{type(model).__name__} without some zero channels does not give the same "
-            "outputs: torch-pruning has not understood it"
+            f"{type(model).__name__} does not give the same outputs without some of its "
+            "zero channels: what follows them makes something of zeros"
         )

@@ -40,10 +40,11 @@ class CausalSelfAttention(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         B, T, C = x.shape
-        heads = self.qkv(x).view(B, T, 3, self.n_head, C // self.n_head)
-        q, k, v = heads.permute(2, 0, 3, 1, 4)
+        # A compacted network has fewer values than queries and keys.
+        parts = self.qkv(x).split((C, C, self.proj.in_features), -1)
+        q, k, v = (part.view(B, T, self.n_head, -1).transpose(1, 2) for part in parts)
         out = causal_attention(q, k, v, self.dropout if self.training else 0.0)
-        return self.resid_dropout(self.proj(out.transpose(1, 2).reshape(B, T, C)))
+        return self.resid_dropout(self.proj(out.transpose(1, 2).flatten(2)))
 
 
 class MLP(nn.Module):
