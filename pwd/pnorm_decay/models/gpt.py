@@ -10,19 +10,25 @@ from torch.nn import functional as F
 def causal_attention(q: Tensor, k: Tensor, v: Tensor, dropout: float) -> Tensor:
     """Scaled dot-product attention in which no position sees a later one.
 
+    With fewer queries than keys, the queries are those of the last positions.
+
     torch's own, except for bf16 on a CPU: there the backward pass of its kernel took 45 % of a
     training step (torch 2.14.1, AVX-512 BF16), and plain matrix products are four times as fast.
 
     Args:
         q: queries, (batch, heads, positions, channels).
-        k: keys, the same shape.
-        v: values, the same shape.
+        k: keys, the same shape, or with more positions.
+        v: values, as the keys.
         dropout: probability with which an attention weight is dropped.
     """
+    T, S = q.shape[-2], k.shape[-2]
     if not (q.is_cpu and q.dtype == torch.bfloat16):
-        return F.scaled_dot_product_attention(q, k, v, dropout_p=dropout, is_causal=True)
+        seen = None
+        if 1 < T < S:
+            seen = torch.ones(T, S, dtype=torch.bool, device=q.device).tril(S - T)
+        return F.scaled_dot_product_attention(q, k, v, seen, dropout, is_causal=T == S)
     scores = (q * q.shape[-1] ** -0.5) @ k.mT
-    later = torch.ones(scores.shape[-2:], dtype=torch.bool, device=q.device).triu(1)
+    later = torch.ones(T, S, dtype=torch.bool, device=q.device).triu(1 + S - T)
     weights = scores.masked_fill(later, -math.inf).softmax(-1)
     return F.dropout(weights, dropout) @ v
 
@@ -38,10 +44,13 @@ class CausalSelfAttention(nn.Module):
         self.proj = nn.Linear(n_embd, n_embd, bias=bias)
         self.resid_dropout = nn.Dropout(dropout)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, cache: Tensor | None = None, start: int = 0) -> Tensor:
         B, T, C = x.shape
         heads = self.qkv(x).view(B, T, 3, self.n_head, C // self.n_head)
         q, k, v = heads.permute(2, 0, 3, 1, 4)
+        if cache is not None:
+            cache[0, :, :, start : start + T], cache[1, :, :, start : start + T] = k, v
+            k, v = cache[:, :, :, : start + T]
         out = causal_attention(q, k, v, self.dropout if self.training else 0.0)
         return self.resid_dropout(self.proj(out.transpose(1, 2).reshape(B, T, C)))
 
@@ -69,8 +78,8 @@ class Block(nn.Module):
         self.ln2 = nn.LayerNorm(n_embd, bias=bias)
         self.mlp = MLP(n_embd, dropout, bias)
 
-    def forward(self, x: Tensor) -> Tensor:
-        x = x + self.attention(self.ln1(x))
+    def forward(self, x: Tensor, cache: Tensor | None = None, start: int = 0) -> Tensor:
+        x = x + self.attention(self.ln1(x), cache, start)
         return x + self.mlp(self.ln2(x))
 
 
@@ -137,23 +146,36 @@ class GPT(nn.Module):
             elif name.endswith("bias"):
                 nn.init.zeros_(parameter)
 
-    def forward(self, tokens: Tensor) -> Tensor:
+    def new_cache(self, batch_size: int = 1) -> Tensor:
+        """Room for the keys and values of every block: (blocks, 2, batch, heads, positions, channels).
+
+        Its type and device are the network's.
+        """
+        attention = self.blocks[0].attention
+        n_embd = self.token_embedding.embedding_dim
+        shape = (len(self.blocks), 2, batch_size, attention.n_head, self.block_size)
+        return self.token_embedding.weight.new_zeros(*shape, n_embd // attention.n_head)
+
+    def forward(self, tokens: Tensor, cache: Tensor | None = None, start: int = 0) -> Tensor:
         """Predict the token after each position.
 
         Args:
             tokens: int64 `(B, T)`, values in [0, vocab_size), T at most `block_size`.
+            cache: from `new_cache`, to read a text in parts: it holds the keys and values of the
+                tokens before these, and those of these are added. Without gradients only.
+            start: how many tokens came before these.
 
         Returns:
             Logits `(B, T, vocab_size)`; those at position t depend on tokens 0..t alone.
 
         Raises:
-            ValueError: T exceeds `block_size`.
+            ValueError: start + T exceeds `block_size`.
         """
         T = tokens.shape[1]
-        if self.block_size < T:
-            raise ValueError(f"{T} tokens exceed block_size {self.block_size}")
-        positions = torch.arange(T, device=tokens.device)
+        if self.block_size < start + T:
+            raise ValueError(f"{start + T} tokens exceed block_size {self.block_size}")
+        positions = torch.arange(start, start + T, device=tokens.device)
         x = self.dropout(self.token_embedding(tokens) + self.position_embedding(positions))
-        for block in self.blocks:
-            x = block(x)
+        for i, block in enumerate(self.blocks):
+            x = block(x, None if cache is None else cache[i], start)
         return F.linear(self.ln_f(x), self.token_embedding.weight)

@@ -1,0 +1,5 @@
+"""What zeros are worth: inference that leaves them out."""
+
+from pnorm_decay.deploy.inference import sparse_inference
+
+__all__ = ["sparse_inference"]

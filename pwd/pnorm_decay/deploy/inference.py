@@ -1,0 +1,765 @@
+"""Inference that leaves the zeros out: linear layers and convolutions of their other weights alone.
+
+`sparse_inference` measures layer by layer whether that is faster. The loops are in sparse.c.
+"""
+
+from __future__ import annotations
+
+import copy
+import ctypes
+import logging
+import math
+import operator
+import statistics
+import subprocess
+import threading
+import time
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from functools import cache
+from pathlib import Path
+from typing import Any, NamedTuple, TypeVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, fx, nn
+from torch.fx.experimental.optimization import fuse
+from torch.fx.passes.shape_prop import ShapeProp
+from torch.utils._pytree import tree_leaves, tree_map
+from torch.utils.weak import WeakIdKeyDictionary
+
+from pnorm_decay.compiler import shared_library
+
+__all__ = ["SparseConv2d", "SparseLinear", "sparse_inference"]
+
+SOURCE = Path(__file__).with_name("sparse.c")
+FEWEST_ZEROS = 0.4  # a layer with a smaller share of zeros is not tried
+LANES = 16  # as in sparse.c
+CHUNK = 128  # tokens done at a time
+PART = 1 << 18  # elements of a part of the input, to stay in the cache: 1 MiB
+PLANS = 4  # input sizes that a layer keeps its weights arranged for
+SECONDS, FEWEST_RUNS, MOST_RUNS = 1.0, 5, 40  # for a comparison
+
+logger = logging.getLogger(__name__)
+Integers = tuple[int, int]
+Model = TypeVar("Model", bound=nn.Module)
+
+
+class Geometry(ctypes.Structure):
+    """One convolution's sizes and strides, as in sparse.c."""
+
+    _fields_ = tuple(
+        (name, ctypes.c_int64)
+        for name in (
+            *("images", "channels", "height", "width"),
+            *("of_image", "of_channel", "of_row", "of_column"),
+            *("outputs", "out_height", "out_width"),
+            *("to_image", "to_channel", "to_row", "to_column"),
+            *("stride_rows", "stride_columns", "pad_rows", "pad_columns"),
+            *("row_phases", "column_phases", "rows", "columns"),
+            *("chunk", "band", "is_linear", "scratch"),
+        )
+    )
+
+
+class Matrix(ctypes.Structure):
+    """A matrix for one vector at a time, as in sparse.c."""
+
+    _fields_ = (
+        *((name, ctypes.c_int64) for name in ("rows", "columns", "is_wide")),
+        *((name, ctypes.c_void_p) for name in ("ends", "values", "places", "order", "bias")),
+    )
+
+
+class Nonzeros(NamedTuple):
+    """The weights of a layer that are not 0, row by row, a row being what makes one output.
+
+    Attributes:
+        values: float32 (weights,).
+        places: where in its row each of them is, int32 (weights,).
+        ends: how many weights there are up to the end of each row, int64 (rows,).
+    """
+
+    values: Tensor
+    places: Tensor
+    ends: Tensor
+
+    @classmethod
+    def of(cls, weight: Tensor) -> Nonzeros:
+        """Those of a dense weight (outputs, ...), NaN among them."""
+        flat = weight.detach().flatten(1)
+        rows, places = (flat != 0).nonzero(as_tuple=True)
+        ends = torch.bincount(rows, minlength=len(flat)).cumsum(0)
+        return cls(flat[rows, places], places.int(), ends)
+
+    def rows(self) -> Tensor:
+        """The row of each weight, int64 (weights,)."""
+        counts = self.ends.diff(prepend=self.ends.new_zeros(1))
+        return torch.repeat_interleave(counts)
+
+    def dense(self, *shape: int) -> Tensor:
+        """The dense weight again."""
+        flat = self.values.new_zeros(shape[0], math.prod(shape[1:]))
+        flat[self.rows(), self.places.long()] = self.values
+        return flat.view(shape)
+
+
+class _Sparse(nn.Module):
+    """What the two layers share: weights that are not 0, as buffers, and the shape of all."""
+
+    values: Tensor
+    places: Tensor
+    ends: Tensor
+    bias: Tensor | None
+
+    def __init__(self, weight: Tensor, bias: Tensor | None) -> None:
+        super().__init__()
+        self.shape = tuple(weight.shape)
+        for name, tensor in Nonzeros.of(weight)._asdict().items():
+            self.register_buffer(name, tensor)
+        self.register_buffer("bias", None if bias is None else bias.detach().clone())
+
+    @property
+    def nonzeros(self) -> Nonzeros:
+        return Nonzeros(self.values, self.places, self.ends)
+
+    @property
+    def weight(self) -> Tensor:
+        """The dense weight, made anew at each access."""
+        return self.nonzeros.dense(*self.shape)
+
+    def extra_repr(self) -> str:
+        return f"{self.shape}, {len(self.values)} weights"
+
+
+class SparseLinear(_Sparse):
+    """A linear layer for inference, of those weights that are not 0.
+
+    Fast for fp32 on a CPU; anything else, and an input that needs a gradient or holds NaN or
+    infinity, gets what the dense layer gives, slowly.
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        if _is_traced():
+            return torch.ops.pnorm_decay.sparse_linear(x, *self.nonzeros, self.bias, self.shape[1])
+        return _linear(x, self.nonzeros, self.bias, self.shape[1])
+
+
+class SparseConv2d(_Sparse):
+    """A convolution for inference, of those weights that are not 0, with what follows it.
+
+    As `SparseLinear`. The output lies in the order channels, height, width, images.
+
+    Args:
+        conv: the dense one, with zeros as padding.
+        padding: on both sides, (height, width).
+    """
+
+    relu = False
+
+    def __init__(self, conv: nn.Conv2d, padding: Integers) -> None:
+        super().__init__(conv.weight, conv.bias)
+        self.settings = Settings(conv.stride, padding, conv.dilation, conv.groups)
+
+    def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
+        """The convolution, plus a tensor of its output's shape, through ReLU where `relu` is set."""
+        where = (self.bias, residual, self.relu, self.shape, self.settings)
+        if _is_traced():
+            bias, residual, relu, shape, settings = where
+            return torch.ops.pnorm_decay.sparse_conv2d(
+                x, *self.nonzeros, bias, residual, relu, shape, *settings
+            )
+        return _convolution(x, self.nonzeros, *where)
+
+    def extra_repr(self) -> str:
+        return f"{super().extra_repr()}, {self.settings}{', ReLU' * self.relu}"
+
+
+class Settings(NamedTuple):
+    """Those of a convolution."""
+
+    stride: Integers
+    padding: Integers
+    dilation: Integers
+    groups: int
+
+
+def _is_traced() -> bool:
+    return torch.compiler.is_compiling() or torch.jit.is_tracing()
+
+
+@cache
+def _library() -> ctypes.CDLL | None:
+    """The loops, None where they cannot be built, after a warning."""
+    try:
+        return shared_library(SOURCE)
+    except (OSError, subprocess.SubprocessError) as error:
+        warnings.warn(f"Sparse layers are computed densely. {error}", stacklevel=3)
+        return None
+
+
+def _is_fast(x: Tensor, values: Tensor) -> bool:
+    return (
+        x.is_cpu
+        and values.is_cpu
+        and x.dtype == values.dtype == torch.float32
+        and not (x.requires_grad and torch.is_grad_enabled())
+        and not torch.is_autocast_enabled("cpu")
+        and x.numel() > 0
+        and _library() is not None
+    )
+
+
+def _address(tensor: Tensor | None) -> int | None:
+    return None if tensor is None else tensor.data_ptr()
+
+
+# What is derived from a layer's weights, by the tensor of their values.
+_PLANS: WeakIdKeyDictionary = WeakIdKeyDictionary()
+_memory = threading.local()
+
+
+def _plan(nonzeros: Nonzeros, key: Any, make: Callable[[], Any]) -> Any:
+    """What `make` returned for the same weights and key."""
+    versions = tuple(tensor._version if not tensor.is_inference() else 0 for tensor in nonzeros)
+    plans = _PLANS.setdefault(nonzeros.values, {})
+    if (versions, key) not in plans:
+        while len(plans) >= PLANS:
+            plans.pop(next(iter(plans)), None)
+        plans[versions, key] = make()
+    return plans[versions, key]
+
+
+def _scratch(elements: int) -> int:
+    """The address of this thread's memory of that many floats at least."""
+    memory = getattr(_memory, "tensor", None)
+    if memory is None or memory.numel() < elements:
+        memory = _memory.tensor = torch.empty(elements)
+    return memory.data_ptr()
+
+
+def _linear(x: Tensor, nonzeros: Nonzeros, bias: Tensor | None, columns: int) -> Tensor:
+    if x.ndim and x.shape[-1] == columns and _is_fast(x, nonzeros.values):
+        flat = x.reshape(-1, columns).contiguous()
+        out = x.new_empty(*x.shape[:-1], len(nonzeros.ends))
+        product = _product if len(flat) == 1 else _products
+        if product(flat, nonzeros, bias, out):
+            return out
+    return F.linear(x, nonzeros.dense(len(nonzeros.ends), columns), bias)
+
+
+def _product(x: Tensor, nonzeros: Nonzeros, bias: Tensor | None, out: Tensor) -> bool:
+    """A linear layer of one token; False where the input holds NaN or infinity."""
+    matrix, _ = _plan(nonzeros, "matrix", lambda: matrix_of(nonzeros, x.shape[1], bias))
+    library: Any = _library()
+    matrix.bias = _address(bias)
+    threads = torch.get_num_threads() if len(nonzeros.values) > 10_000 else 1
+    return not library.multiply(
+        ctypes.byref(matrix), ctypes.c_void_p(x.data_ptr()), ctypes.c_void_p(out.data_ptr()), threads
+    )
+
+
+def matrix_of(nonzeros: Nonzeros, columns: int, bias: Tensor | None) -> tuple[Matrix, list[Tensor]]:
+    """The weights in slices of rows of about one length, and the tensors that hold them."""
+    values, places, ends = nonzeros
+    rows = len(ends)
+    counts = ends.diff(prepend=ends.new_zeros(1))
+    order = counts.argsort(descending=True, stable=True)
+    rank = torch.empty_like(order)
+    rank[order] = torch.arange(rows)
+    lengths = counts[order[::LANES]]  # a slice's first row is its longest
+    slice_ends = lengths.cumsum(0)
+    row = nonzeros.rows()
+    nth = torch.arange(len(values)) - (ends - counts)[row]
+    at = ((slice_ends - lengths)[rank[row] // LANES] + nth) * LANES + rank[row] % LANES
+    filled = int(lengths.sum()) * LANES
+    is_wide = columns > 1 << 16
+    tensors = [
+        slice_ends,
+        values.new_zeros(filled).index_copy_(0, at, values),
+        torch.zeros(filled, dtype=torch.int32)
+        .index_copy_(0, at, places)
+        .to(torch.int32 if is_wide else torch.int16),
+        F.pad(order, (0, -rows % LANES), value=-1).int(),
+    ]
+    where = [tensor.data_ptr() for tensor in tensors]
+    return Matrix(rows, columns, is_wide, *where, _address(bias)), tensors
+
+
+def _products(x: Tensor, nonzeros: Nonzeros, bias: Tensor | None, out: Tensor) -> bool:
+    """A linear layer of several tokens (tokens, columns); False where one is not finite."""
+    (tokens, columns), rows, threads = x.shape, len(nonzeros.ends), torch.get_num_threads()
+    share = -(-tokens // threads)  # of a thread, in whole vectors
+    chunk = min(tokens, CHUNK, -(-share // LANES) * LANES)
+    geometry = Geometry(tokens, columns, 1, 1, columns, 1, 1, 1, rows, 1, 1, rows, 1, 1, 1, 1, 1)
+    geometry.row_phases = geometry.column_phases = geometry.rows = geometry.columns = 1
+    geometry.chunk, geometry.band, geometry.is_linear = chunk, 1, True
+    weights = _plan(nonzeros, "places", lambda: _placed(nonzeros, nonzeros.places))
+    return _convolve(geometry, weights, nonzeros.ends, bias, x, None, out, False)
+
+
+def _placed(nonzeros: Nonzeros, places: Tensor) -> Tensor:
+    """Values and places side by side, as the struct Weight."""
+    return torch.stack([nonzeros.values.view(torch.int32), places.int()], 1)
+
+
+def _convolve(
+    geometry: Geometry,
+    weights: Tensor,
+    ends: Tensor,
+    bias: Tensor | None,
+    x: Tensor,
+    residual: Tensor | None,
+    out: Tensor,
+    relu: bool,
+) -> bool:
+    g, threads = geometry, torch.get_num_threads()
+    line = -(-g.out_width * g.chunk // LANES) * LANES
+    copied = g.channels * g.row_phases * g.rows * g.column_phases * g.columns * g.chunk
+    g.scratch = copied + LANES * LANES + line * (LANES if g.is_linear else g.band)
+    tasks = -(-g.images // g.chunk) * -(-g.out_height // g.band)
+    parts = 1 if tasks % threads == 0 or tasks > 4 * threads else threads
+    library: Any = _library()
+    return not library.convolve(
+        ctypes.byref(geometry),
+        *map(ctypes.c_void_p, map(_address, (weights, ends, bias, x, residual, out))),
+        ctypes.c_void_p(_scratch(threads * g.scratch)),
+        relu,
+        ctypes.c_int64(parts),
+        min(threads, tasks * parts),
+    )
+
+
+def _convolution(
+    x: Tensor,
+    nonzeros: Nonzeros,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    relu: bool,
+    shape: tuple[int, ...],
+    settings: Settings,
+) -> Tensor:
+    if x.ndim == 4 and x.shape[1] == shape[1] * settings.groups and _is_fast(x, nonzeros.values):
+        out = _empty_output(x, shape, settings)
+        if residual is not None and residual.stride() != out.stride():
+            residual = torch.empty_like(out).copy_(residual)
+        geometry = _geometry(x, out, shape, settings)
+        key = (*x.shape[2:], geometry.band)
+        weights = _plan(nonzeros, key, lambda: _arranged(nonzeros, geometry, shape, settings))
+        if _convolve(geometry, weights, nonzeros.ends, bias, x, residual, out, relu):
+            return out
+    dense = F.conv2d(x, nonzeros.dense(*shape), bias, *settings)
+    dense = dense if residual is None else dense + residual
+    return dense.relu() if relu else dense
+
+
+def _empty_output(x: Tensor, shape: tuple[int, ...], settings: Settings) -> Tensor:
+    """Room for (images, channels, height, width), the images innermost."""
+    pixels = [
+        (size + 2 * pad - dilation * (kernel - 1) - 1) // stride + 1
+        for size, kernel, stride, pad, dilation in zip(
+            x.shape[2:], shape[2:], *settings[:3], strict=True
+        )
+    ]
+    if min(pixels) < 1:
+        raise ValueError(f"An image {tuple(x.shape[2:])} is too small for a kernel {shape[2:]}")
+    return x.new_empty(shape[0], *pixels, x.shape[0]).permute(3, 0, 1, 2)
+
+
+def _geometry(x: Tensor, out: Tensor, shape: tuple[int, ...], settings: Settings) -> Geometry:
+    chunk = min(len(x), LANES)
+    phases, extra = [], []
+    for kernel, stride, dilation in zip(shape[2:], settings.stride, settings.dilation, strict=True):
+        phases.append(1 + max(k * dilation % stride for k in range(kernel)))
+        extra.append((kernel - 1) * dilation // stride)
+    columns = out.shape[3] + extra[1]
+    row = x.shape[1] * phases[0] * phases[1] * columns * chunk
+    band = max(PART // row - extra[0], 1)
+    bands = -(-out.shape[2] // band)
+    band = -(-out.shape[2] // bands)
+    return Geometry(
+        *x.shape,
+        *x.stride(),
+        *out.shape[1:],
+        *out.stride(),
+        *settings.stride,
+        *settings.padding,
+        *phases,
+        band + extra[0],
+        columns,
+        chunk,
+        band,
+    )
+
+
+def _arranged(
+    nonzeros: Nonzeros, geometry: Geometry, shape: tuple[int, ...], settings: Settings
+) -> Tensor:
+    """The weights, with their places in a part of the input."""
+    outputs, inputs, _, kernel_width = shape
+    stride, dilation, g = settings.stride, settings.dilation, geometry
+    places = nonzeros.places.long()
+    channel, tap = places // math.prod(shape[2:]), places % math.prod(shape[2:])
+    channel = channel + nonzeros.rows() // (outputs // settings.groups) * inputs
+    row, column = tap // kernel_width * dilation[0], tap % kernel_width * dilation[1]
+    line = (channel * g.row_phases + row % stride[0]) * g.rows + row // stride[0]
+    line = line * g.column_phases + column % stride[1]
+    return _placed(nonzeros, line * g.columns + column // stride[1])
+
+
+# In a compiled or exported graph, a layer is one of these operations.
+@torch.library.custom_op("pnorm_decay::sparse_linear", mutates_args=())
+def _linear_op(
+    x: Tensor, values: Tensor, places: Tensor, ends: Tensor, bias: Tensor | None, columns: int
+) -> Tensor:
+    return _linear(x, Nonzeros(values, places, ends), bias, columns)
+
+
+@_linear_op.register_fake
+def _(
+    x: Tensor, values: Tensor, places: Tensor, ends: Tensor, bias: Tensor | None, columns: int
+) -> Tensor:
+    return x.new_empty(*x.shape[:-1], len(ends))
+
+
+@torch.library.custom_op("pnorm_decay::sparse_conv2d", mutates_args=())
+def _convolution_op(
+    x: Tensor,
+    values: Tensor,
+    places: Tensor,
+    ends: Tensor,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    relu: bool,
+    shape: list[int],
+    stride: list[int],
+    padding: list[int],
+    dilation: list[int],
+    groups: int,
+) -> Tensor:
+    settings: Any = Settings(tuple(stride), tuple(padding), tuple(dilation), groups)  # type: ignore[arg-type]
+    out = _convolution(
+        x, Nonzeros(values, places, ends), bias, residual, relu, tuple(shape), settings
+    )
+    return torch.empty_like(_empty_output(x, tuple(shape), settings)).copy_(out) if (
+        out.stride() != _empty_output(x, tuple(shape), settings).stride()
+    ) else out
+
+
+@_convolution_op.register_fake
+def _(
+    x: Tensor,
+    values: Tensor,
+    places: Tensor,
+    ends: Tensor,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    relu: bool,
+    shape: list[int],
+    stride: list[int],
+    padding: list[int],
+    dilation: list[int],
+    groups: int,
+) -> Tensor:
+    settings: Any = Settings(tuple(stride), tuple(padding), tuple(dilation), groups)  # type: ignore[arg-type]
+    return _empty_output(x, tuple(shape), settings)
+
+
+class InBfloat16(nn.Module):
+    """A module computed in bf16; what comes in and out keeps its type."""
+
+    def __init__(self, module: nn.Module) -> None:
+        super().__init__()
+        self.module = module.bfloat16()
+
+    def forward(self, *args: Any) -> Any:
+        return _to(torch.float32, self.module(*_to(torch.bfloat16, args)))
+
+
+def _to(dtype: torch.dtype, values: Any) -> Any:
+    """Floating-point tensors, as another type."""
+    return tree_map(
+        lambda x: x.to(dtype) if isinstance(x, Tensor) and x.is_floating_point() else x, values
+    )
+
+
+def sparse_inference(
+    model: nn.Module, example: Tensor | tuple[Any, ...], *, allow_bf16: bool = False
+) -> nn.Module:
+    """A copy of a model for inference, in which sparse layers are those of their non-zeros alone.
+
+    Each `nn.Linear` and `nn.Conv2d` with at least 40 % of zeros is timed within the model, at the
+    example's shape and with the present number of threads, dense and sparse, and the faster one
+    stays. Where torch.fx can trace a model with convolutions, a batch norm that follows one is
+    folded into it, and sparse ones take over the addition and the ReLU behind them. The
+    whole is then timed against the dense model, `channels_last` too, and the fastest is returned.
+    Logged (INFO, `pnorm_decay.deploy`) is what was faster where.
+
+    The outputs are equal up to rounding, NaN and infinity included. The weights of the sparse
+    layers are buffers; nothing in the copy needs gradients. `torch.compile` and `torch.export` see
+    one operation a layer; a program that was exported runs where this module has been imported.
+
+    Args:
+        model: on the CPU, in fp32; it is not changed. Layers in other types stay as they are, and
+            so do subclasses, layers with hooks, and paddings other than zeros.
+        example: what the model is called with, or a tuple of arguments. Another shape later on
+            gives the same outputs, but may be slower than dense.
+        allow_bf16: also try dense layers in bf16, and the whole dense model; where that is faster
+            than all else, numbers have 8 bits there.
+
+    Raises:
+        ValueError: the model is not on the CPU, or does not take the example.
+        RuntimeError: a sparse layer's output is not the dense one's.
+    """
+    if any(not tensor.is_cpu for tensor in (*model.parameters(), *model.buffers())):
+        raise ValueError("sparse_inference is for models on the CPU; call model.cpu() first.")
+    args = example if isinstance(example, tuple) else (example,)
+    given = copy.deepcopy(model).eval().requires_grad_(False)
+    with torch.no_grad():
+        try:
+            expected = given(*args)
+        except (RuntimeError, ValueError, TypeError, IndexError) as error:
+            raise ValueError(f"The model does not take the example: {error}") from error
+        base = _folded(given)
+        candidates = {name: sparse for name, layer in _eligible(base) if (sparse := _sparse(layer))}
+        if _library() is None:
+            return given
+        if not candidates:
+            warnings.warn(
+                "Nothing is gained: no linear layer or convolution in fp32 has 40 % of zeros.",
+                stacklevel=2,
+            )
+            return given
+        chosen = _faster_layers(base, candidates, args, allow_bf16)
+        models = {"dense": given, "sparse": _fused(_with(base, chosen), args)}
+        if any(isinstance(module, nn.Conv2d) for module in given.modules()):
+            models["dense folded"] = base
+            models["dense channels_last"] = _channels_last(base)
+        if allow_bf16:
+            models["dense bf16"] = InBfloat16(copy.deepcopy(base))
+            if "dense channels_last" in models:
+                models["dense channels_last bf16"] = InBfloat16(_channels_last(base))
+        if not chosen:
+            del models["sparse"]
+        else:
+            _check("The model", models["sparse"](*args), expected, 0.1 if allow_bf16 else 1e-3)
+        seconds = _alternate({name: lambda m=m: m(*args) for name, m in models.items()})
+    for name, taken in seconds.items():
+        logger.info("The whole, %s: %.3f ms", name, 1e3 * taken)
+    best = min(seconds, key=lambda name: seconds[name])
+    if not any(isinstance(module, _Sparse) for module in models[best].modules()):
+        warnings.warn(
+            f"Nothing is gained by leaving zeros out: {best} is fastest here.", stacklevel=2
+        )
+    return models[best]
+
+
+def _folded(model: nn.Module) -> nn.Module:
+    """The model with batch norms folded into convolutions, itself where that cannot be done."""
+    if not any(isinstance(module, nn.Conv2d) for module in model.modules()):
+        return model
+    try:
+        return fuse(model).requires_grad_(False)
+    except Exception as error:  # what a model's own code does with torch.fx's proxies
+        logger.info("torch.fx cannot trace the model, so nothing is folded: %s", error)
+        return model
+
+
+def _eligible(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    for name, layer in model.named_modules():
+        hooks = (layer._forward_pre_hooks, layer._forward_hooks)
+        if name and type(layer) in (nn.Linear, nn.Conv2d) and not any(hooks):
+            weight = layer.weight
+            zeros = 1 - int(weight.count_nonzero()) / max(weight.numel(), 1)
+            if weight.dtype == torch.float32 and weight.is_contiguous() and zeros >= FEWEST_ZEROS:
+                yield name, layer
+
+
+def _sparse(layer: Any) -> _Sparse | None:
+    """The sparse form of a dense layer, None where there is none."""
+    if isinstance(layer, nn.Linear):
+        return SparseLinear(layer.weight, layer.bias)
+    padding = layer.padding
+    if padding == "valid":
+        padding = (0, 0)
+    elif padding == "same":
+        sums = [d * (k - 1) for d, k in zip(layer.dilation, layer.kernel_size, strict=True)]
+        padding = None if any(total % 2 for total in sums) else tuple(t // 2 for t in sums)
+    if padding is None or layer.padding_mode != "zeros":
+        return None
+    return SparseConv2d(layer, padding)
+
+
+def _with(model: nn.Module, layers: Mapping[str, nn.Module]) -> nn.Module:
+    """A copy of a model with other layers in places."""
+    model = copy.deepcopy(model)
+    for name, layer in layers.items():
+        parent, _, last = name.rpartition(".")
+        setattr(model.get_submodule(parent), last, layer)
+    return model
+
+
+def _channels_last(model: nn.Module) -> nn.Module:
+    return copy.deepcopy(model).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+
+
+def _faster_layers(
+    base: nn.Module, sparse: Mapping[str, nn.Module], args: tuple[Any, ...], allow_bf16: bool
+) -> dict[str, nn.Module]:
+    """Those layers that are faster than the model's own."""
+    forms: dict[str, Mapping[str, nn.Module]] = {"sparse": sparse}
+    if allow_bf16:
+        dense = {name: base.get_submodule(name) for name in sparse}
+        forms["bf16"] = {name: InBfloat16(copy.deepcopy(layer)) for name, layer in dense.items()}
+    models = {"dense": base} | {form: _with(base, layers) for form, layers in forms.items()}
+    with _checked(models["sparse"], sparse):
+        models["sparse"](*args)
+    times: dict[str, dict[str, list[float]]] = {form: {} for form in models}
+
+    def timed(form: str) -> Callable[[], object]:
+        def run() -> None:
+            with _timed(models[form], sparse) as seconds:
+                models[form](*args)
+            for name, taken in seconds.items():
+                times[form].setdefault(name, []).append(taken)
+
+        return run
+
+    _alternate({form: timed(form) for form in models})
+    chosen = {}
+    for name in times["dense"]:
+        medians = {form: statistics.median(times[form][name]) for form in models}
+        best = min(medians, key=lambda form: medians[form])
+        listed = ", ".join(f"{form} {1e6 * taken:.0f}" for form, taken in medians.items())
+        logger.info("%s: %s microseconds", name, listed)
+        if best != "dense":
+            chosen[name] = forms[best][name]
+    return chosen
+
+
+def _alternate(runs: Mapping[str, Callable[[], object]]) -> dict[str, float]:
+    """The median seconds of some functions that take turns."""
+    times: dict[str, list[float]] = {name: [] for name in runs}
+    begun = time.perf_counter()
+    for count in range(1 + MOST_RUNS):
+        if count > FEWEST_RUNS and time.perf_counter() - begun > SECONDS * len(runs):
+            break
+        for name, run in runs.items():
+            start = time.perf_counter()
+            run()
+            if count:  # the first one warms up
+                times[name].append(time.perf_counter() - start)
+    return {name: statistics.median(taken) for name, taken in times.items()}
+
+
+@contextmanager
+def _timed(model: nn.Module, names: Iterable[str]) -> Iterator[dict[str, float]]:
+    """Inside the block, the seconds that each of these layers takes are added up."""
+    seconds: dict[str, float] = {}
+    begun: dict[str, float] = {}
+    handles = []
+    for name in names:
+
+        def before(layer: nn.Module, inputs: Any, name: str = name) -> None:
+            begun[name] = time.perf_counter()
+
+        def after(layer: nn.Module, inputs: Any, output: Any, name: str = name) -> None:
+            seconds[name] = seconds.get(name, 0) + time.perf_counter() - begun[name]
+
+        layer = model.get_submodule(name)
+        handles += [layer.register_forward_pre_hook(before), layer.register_forward_hook(after)]
+    try:
+        yield seconds
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+@contextmanager
+def _checked(model: nn.Module, names: Iterable[str]) -> Iterator[None]:
+    """Inside the block, each of these sparse layers is compared with its dense form."""
+    handles = []
+    for name in names:
+
+        def compare(layer: Any, inputs: tuple[Tensor], output: Tensor, name: str = name) -> None:
+            if isinstance(layer, SparseLinear):
+                expected = F.linear(*inputs, layer.weight, layer.bias)
+            else:
+                expected = F.conv2d(*inputs, layer.weight, layer.bias, *layer.settings)
+            _check(f"The sparse layer {name}", output, expected, 1e-4)
+
+        handles.append(model.get_submodule(name).register_forward_hook(compare))
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _check(what: str, outputs: Any, expected: Any, tolerance: float) -> None:
+    """Raises RuntimeError where outputs differ by more than a share of the largest one."""
+    for ours, theirs in zip(tree_leaves(outputs), tree_leaves(expected), strict=True):
+        if isinstance(theirs, Tensor) and theirs.is_floating_point() and theirs.numel():
+            sizes = theirs[theirs.isfinite()].abs()
+            allowed = tolerance * float(sizes.max()) if sizes.numel() else 0.0
+            if not torch.allclose(ours, theirs, rtol=tolerance, atol=allowed, equal_nan=True):
+                raise RuntimeError(
+                    f"{what} differs from the dense one by {float((ours - theirs).abs().max()):.2g}"
+                    f", where the largest output is {float(theirs.abs().max()):.2g}."
+                )
+
+
+def _fused(model: nn.Module, args: tuple[Any, ...]) -> nn.Module:
+    """The model, its sparse convolutions with the addition and the ReLU that follow them."""
+    if not isinstance(model, fx.GraphModule):
+        return model
+    ShapeProp(model).propagate(*args)
+    calls = [node.target for node in model.graph.nodes if node.op == "call_module"]
+    place = {node: i for i, node in enumerate(model.graph.nodes)}
+    for node in list(model.graph.nodes):
+        layer = model.get_submodule(node.target) if node.op == "call_module" else None
+        if not isinstance(layer, SparseConv2d) or calls.count(node.target) > 1:
+            continue
+        follower = _only_user(node)
+        other = _other_summand(node, follower)
+        if follower is not None and other is not None and place[other] < place[follower]:
+            with model.graph.inserting_before(follower):
+                joined = model.graph.call_module(node.target, (*node.args, other))
+            joined.meta, place[joined] = follower.meta, place[follower]
+            follower.replace_all_uses_with(joined)
+            model.graph.erase_node(follower)
+            model.graph.erase_node(node)
+            node, follower = joined, _only_user(joined)
+        if follower is not None and _is_relu(model, follower):
+            layer.relu = True
+            follower.replace_all_uses_with(node)
+            model.graph.erase_node(follower)
+    model.graph.lint()
+    model.recompile()
+    return model
+
+
+def _only_user(node: fx.Node) -> fx.Node | None:
+    return next(iter(node.users)) if len(node.users) == 1 else None
+
+
+ADDITIONS = (operator.add, operator.iadd, torch.add, "add", "add_")
+RELUS = (F.relu, torch.relu, torch.relu_, F.relu_, "relu", "relu_")
+
+
+def _other_summand(node: fx.Node, addition: fx.Node | None) -> fx.Node | None:
+    """What a plain addition adds to a node, of the same shape; None where it is something else."""
+    if addition is None or addition.target not in ADDITIONS or addition.kwargs:
+        return None
+    others = [part for part in addition.args if part is not node]
+    if len(addition.args) != 2 or len(others) != 1 or not isinstance(others[0], fx.Node):
+        return None
+    shapes = [getattr(part.meta.get("tensor_meta"), "shape", None) for part in (node, others[0])]
+    return others[0] if shapes[0] == shapes[1] else None
+
+
+def _is_relu(model: fx.GraphModule, node: fx.Node) -> bool:
+    if node.op == "call_module":
+        return type(model.get_submodule(str(node.target))) is nn.ReLU
+    return node.target in RELUS
