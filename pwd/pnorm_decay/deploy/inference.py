@@ -15,11 +15,12 @@ import subprocess
 import threading
 import time
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from functools import cache
+from functools import cache, partial
+from itertools import chain
 from pathlib import Path
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -38,12 +39,12 @@ FEWEST_ZEROS = 0.4  # a layer with a smaller share of zeros is not tried
 LANES = 16  # as in sparse.c
 CHUNK = 128  # tokens done at a time
 PART = 1 << 18  # elements of a part of the input, to stay in the cache: 1 MiB
-PLANS = 4  # input sizes that a layer keeps its weights arranged for
+WEIGHTS_A_THREAD = 100_000  # at least, in the product with one vector
+PLANS = 8  # what is derived from a layer's weights and input sizes, and kept
 SECONDS, FEWEST_RUNS, MOST_RUNS = 1.0, 5, 40  # for a comparison
 
 logger = logging.getLogger(__name__)
-Integers = tuple[int, int]
-Model = TypeVar("Model", bound=nn.Module)
+Integers = Sequence[int]  # of (height, width)
 
 
 class Geometry(ctypes.Structure):
@@ -163,14 +164,11 @@ class SparseConv2d(_Sparse):
         self.settings = Settings(conv.stride, padding, conv.dilation, conv.groups)
 
     def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
-        """The convolution, plus a tensor of its output's shape, through ReLU where `relu` is set."""
-        where = (self.bias, residual, self.relu, self.shape, self.settings)
+        """The convolution plus `residual`, of the output's shape, and ReLU where `relu` is set."""
+        rest = self.bias, residual, self.relu, self.shape
         if _is_traced():
-            bias, residual, relu, shape, settings = where
-            return torch.ops.pnorm_decay.sparse_conv2d(
-                x, *self.nonzeros, bias, residual, relu, shape, *settings
-            )
-        return _convolution(x, self.nonzeros, *where)
+            return torch.ops.pnorm_decay.sparse_conv2d(x, *self.nonzeros, *rest, *self.settings)
+        return _convolution(x, self.nonzeros, *rest, self.settings)
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, {self.settings}{', ReLU' * self.relu}"
@@ -254,10 +252,13 @@ def _product(x: Tensor, nonzeros: Nonzeros, bias: Tensor | None, out: Tensor) ->
     matrix, _ = _plan(nonzeros, "matrix", lambda: matrix_of(nonzeros, x.shape[1], bias))
     library: Any = _library()
     matrix.bias = _address(bias)
-    threads = torch.get_num_threads() if len(nonzeros.values) > 10_000 else 1
-    return not library.multiply(
-        ctypes.byref(matrix), ctypes.c_void_p(x.data_ptr()), ctypes.c_void_p(out.data_ptr()), threads
-    )
+    where = ctypes.c_void_p(x.data_ptr()), ctypes.c_void_p(out.data_ptr())
+    return not library.multiply(ctypes.byref(matrix), *where, threads_for(len(nonzeros.values)))
+
+
+def threads_for(weights: int) -> int:
+    """How many threads pay for so many multiply-adds: starting and meeting takes them a while."""
+    return min(torch.get_num_threads(), 1 + weights // WEIGHTS_A_THREAD)
 
 
 def matrix_of(nonzeros: Nonzeros, columns: int, bias: Tensor | None) -> tuple[Matrix, list[Tensor]]:
@@ -289,14 +290,19 @@ def matrix_of(nonzeros: Nonzeros, columns: int, bias: Tensor | None) -> tuple[Ma
 
 def _products(x: Tensor, nonzeros: Nonzeros, bias: Tensor | None, out: Tensor) -> bool:
     """A linear layer of several tokens (tokens, columns); False where one is not finite."""
-    (tokens, columns), rows, threads = x.shape, len(nonzeros.ends), torch.get_num_threads()
-    share = -(-tokens // threads)  # of a thread, in whole vectors
-    chunk = min(tokens, CHUNK, -(-share // LANES) * LANES)
-    geometry = Geometry(tokens, columns, 1, 1, columns, 1, 1, 1, rows, 1, 1, rows, 1, 1, 1, 1, 1)
-    geometry.row_phases = geometry.column_phases = geometry.rows = geometry.columns = 1
-    geometry.chunk, geometry.band, geometry.is_linear = chunk, 1, True
+    (tokens, columns), rows = x.shape, len(nonzeros.ends)
+    share = -(-tokens // torch.get_num_threads())  # of a thread
+    chunk = min(tokens, CHUNK, _up(share))
+    sizes = (tokens, columns, 1, 1), (columns, 1, 1, 1), (rows, 1, 1), (rows, 1, 1, 1)
+    geometry = Geometry(*chain(*sizes), 1, 1, 0, 0, 1, 1, 1, 1, chunk, 1, True)
+    geometry.scratch = _up(columns * chunk) + LANES * LANES + LANES * _up(chunk)
     weights = _plan(nonzeros, "places", lambda: _placed(nonzeros, nonzeros.places))
     return _convolve(geometry, weights, nonzeros.ends, bias, x, None, out, False)
+
+
+def _up(count: int) -> int:
+    """In whole vectors."""
+    return -(-count // LANES) * LANES
 
 
 def _placed(nonzeros: Nonzeros, places: Tensor) -> Tensor:
@@ -314,10 +320,8 @@ def _convolve(
     out: Tensor,
     relu: bool,
 ) -> bool:
+    """sparse.c's loop; False where the input holds NaN or infinity."""
     g, threads = geometry, torch.get_num_threads()
-    line = -(-g.out_width * g.chunk // LANES) * LANES
-    copied = g.channels * g.row_phases * g.rows * g.column_phases * g.columns * g.chunk
-    g.scratch = copied + LANES * LANES + line * (LANES if g.is_linear else g.band)
     tasks = -(-g.images // g.chunk) * -(-g.out_height // g.band)
     parts = 1 if tasks % threads == 0 or tasks > 4 * threads else threads
     library: Any = _library()
@@ -337,15 +341,17 @@ def _convolution(
     bias: Tensor | None,
     residual: Tensor | None,
     relu: bool,
-    shape: tuple[int, ...],
+    shape: Sequence[int],
     settings: Settings,
 ) -> Tensor:
     if x.ndim == 4 and x.shape[1] == shape[1] * settings.groups and _is_fast(x, nonzeros.values):
         out = _empty_output(x, shape, settings)
         if residual is not None and residual.stride() != out.stride():
             residual = torch.empty_like(out).copy_(residual)
-        geometry = _geometry(x, out, shape, settings)
-        key = (*x.shape[2:], geometry.band)
+        geometry = _plan(
+            nonzeros, (x.shape, x.stride()), lambda: _geometry(x, out, shape, settings)
+        )
+        key = geometry.rows, geometry.columns
         weights = _plan(nonzeros, key, lambda: _arranged(nonzeros, geometry, shape, settings))
         if _convolve(geometry, weights, nonzeros.ends, bias, x, residual, out, relu):
             return out
@@ -354,7 +360,7 @@ def _convolution(
     return dense.relu() if relu else dense
 
 
-def _empty_output(x: Tensor, shape: tuple[int, ...], settings: Settings) -> Tensor:
+def _empty_output(x: Tensor, shape: Sequence[int], settings: Settings) -> Tensor:
     """Room for (images, channels, height, width), the images innermost."""
     pixels = [
         (size + 2 * pad - dilation * (kernel - 1) - 1) // stride + 1
@@ -367,7 +373,7 @@ def _empty_output(x: Tensor, shape: tuple[int, ...], settings: Settings) -> Tens
     return x.new_empty(shape[0], *pixels, x.shape[0]).permute(3, 0, 1, 2)
 
 
-def _geometry(x: Tensor, out: Tensor, shape: tuple[int, ...], settings: Settings) -> Geometry:
+def _geometry(x: Tensor, out: Tensor, shape: Sequence[int], settings: Settings) -> Geometry:
     chunk = min(len(x), LANES)
     phases, extra = [], []
     for kernel, stride, dilation in zip(shape[2:], settings.stride, settings.dilation, strict=True):
@@ -375,26 +381,18 @@ def _geometry(x: Tensor, out: Tensor, shape: tuple[int, ...], settings: Settings
         extra.append((kernel - 1) * dilation // stride)
     columns = out.shape[3] + extra[1]
     row = x.shape[1] * phases[0] * phases[1] * columns * chunk
-    band = max(PART // row - extra[0], 1)
-    bands = -(-out.shape[2] // band)
+    bands = -(-out.shape[2] // max(PART // row - extra[0], 1))
     band = -(-out.shape[2] // bands)
-    return Geometry(
-        *x.shape,
-        *x.stride(),
-        *out.shape[1:],
-        *out.stride(),
-        *settings.stride,
-        *settings.padding,
-        *phases,
-        band + extra[0],
-        columns,
-        chunk,
-        band,
-    )
+    strides = (x.stride(0) if len(x) > 1 else 1, *x.stride()[1:])
+    sizes = x.shape, strides, out.shape[1:], out.stride(), settings.stride, settings.padding
+    copied = row * (band + extra[0])
+    scratch = _up(copied) + LANES * LANES + band * _up(out.shape[3] * chunk)
+    rest = *phases, band + extra[0], columns, chunk, band, False, scratch
+    return Geometry(*chain(*sizes), *rest)
 
 
 def _arranged(
-    nonzeros: Nonzeros, geometry: Geometry, shape: tuple[int, ...], settings: Settings
+    nonzeros: Nonzeros, geometry: Geometry, shape: Sequence[int], settings: Settings
 ) -> Tensor:
     """The weights, with their places in a part of the input."""
     outputs, inputs, _, kernel_width = shape
@@ -438,13 +436,10 @@ def _convolution_op(
     dilation: list[int],
     groups: int,
 ) -> Tensor:
-    settings: Any = Settings(tuple(stride), tuple(padding), tuple(dilation), groups)  # type: ignore[arg-type]
-    out = _convolution(
-        x, Nonzeros(values, places, ends), bias, residual, relu, tuple(shape), settings
-    )
-    return torch.empty_like(_empty_output(x, tuple(shape), settings)).copy_(out) if (
-        out.stride() != _empty_output(x, tuple(shape), settings).stride()
-    ) else out
+    nonzeros, settings = Nonzeros(values, places, ends), Settings(stride, padding, dilation, groups)
+    out = _convolution(x, nonzeros, bias, residual, relu, shape, settings)
+    promised = _empty_output(x, shape, settings)
+    return out if out.stride() == promised.stride() else promised.copy_(out)
 
 
 @_convolution_op.register_fake
@@ -462,8 +457,7 @@ def _(
     dilation: list[int],
     groups: int,
 ) -> Tensor:
-    settings: Any = Settings(tuple(stride), tuple(padding), tuple(dilation), groups)  # type: ignore[arg-type]
-    return _empty_output(x, tuple(shape), settings)
+    return _empty_output(x, shape, Settings(stride, padding, dilation, groups))
 
 
 class InBfloat16(nn.Module):
@@ -502,7 +496,7 @@ def sparse_inference(
 
     Args:
         model: on the CPU, in fp32; it is not changed. Layers in other types stay as they are, and
-            so do subclasses, layers with hooks, and paddings other than zeros.
+            so do subclasses, layers with hooks or NaN weights, and paddings other than zeros.
         example: what the model is called with, or a tuple of arguments. Another shape later on
             gives the same outputs, but may be slower than dense.
         allow_bf16: also try dense layers in bf16, and the whole dense model; where that is faster
@@ -532,7 +526,7 @@ def sparse_inference(
             )
             return given
         chosen = _faster_layers(base, candidates, args, allow_bf16)
-        models = {"dense": given, "sparse": _fused(_with(base, chosen), args)}
+        models = {"dense": given, "mixed": _fused(_with(base, chosen), args)}
         if any(isinstance(module, nn.Conv2d) for module in given.modules()):
             models["dense folded"] = base
             models["dense channels_last"] = _channels_last(base)
@@ -541,10 +535,10 @@ def sparse_inference(
             if "dense channels_last" in models:
                 models["dense channels_last bf16"] = InBfloat16(_channels_last(base))
         if not chosen:
-            del models["sparse"]
+            del models["mixed"]
         else:
-            _check("The model", models["sparse"](*args), expected, 0.1 if allow_bf16 else 1e-3)
-        seconds = _alternate({name: lambda m=m: m(*args) for name, m in models.items()})
+            _check("The model", models["mixed"](*args), expected, 0.1 if allow_bf16 else 1e-3)
+        seconds = _alternate({name: partial(form, *args) for name, form in models.items()})
     for name, taken in seconds.items():
         logger.info("The whole, %s: %.3f ms", name, 1e3 * taken)
     best = min(seconds, key=lambda name: seconds[name])
@@ -572,7 +566,9 @@ def _eligible(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
         if name and type(layer) in (nn.Linear, nn.Conv2d) and not any(hooks):
             weight = layer.weight
             zeros = 1 - int(weight.count_nonzero()) / max(weight.numel(), 1)
-            if weight.dtype == torch.float32 and weight.is_contiguous() and zeros >= FEWEST_ZEROS:
+            # NaN times the zeros of the padding is NaN; what torch's convolution does is its own.
+            is_plain = weight.dtype == torch.float32 and bool(weight.isfinite().all())
+            if zeros >= FEWEST_ZEROS and is_plain:
                 yield name, layer
 
 
@@ -601,7 +597,7 @@ def _with(model: nn.Module, layers: Mapping[str, nn.Module]) -> nn.Module:
 
 
 def _channels_last(model: nn.Module) -> nn.Module:
-    return copy.deepcopy(model).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    return copy.deepcopy(model).to(memory_format=torch.channels_last)
 
 
 def _faster_layers(

@@ -37,7 +37,6 @@ typedef struct {
 #else
 #define WIDEST 4
 #endif
-#define TALLEST 4
 
 /* The sums of HIGH rows of WIDE vectors of outputs, over one output channel's weights. */
 #define BLOCK(HIGH, WIDE)                                                                     \
@@ -48,7 +47,7 @@ typedef struct {
     _Pragma("GCC unroll 16") for (int r = 0; r < HIGH; r++)                                   \
       _Pragma("GCC unroll 16") for (int c = 0; c < WIDE; c++) sum[r][c] = bias - (vector){0}; \
     for (; w < end; w++) {                                                                    \
-      const float *at = in + w->place * scale; const float value = w->value;                             \
+      const float value = w->value, *at = in + w->place * scale;                              \
       _Pragma("GCC unroll 16") for (int r = 0; r < HIGH; r++)                                 \
         _Pragma("GCC unroll 16") for (int c = 0; c < WIDE; c++)                               \
           sum[r][c] += value * *(const vector *)(at + r * pitch + LANES * c);                 \
@@ -249,13 +248,15 @@ static inline float exponential(float x) {
   x = x < -87 ? -87 : x;
   float n = rintf(x * 1.44269504f), r = x - n * 0.693359375f + n * 2.12194440e-4f;
   union { int32_t bits; float value; } power = {((int32_t)n + 127) << 23};
-  return power.value * (1 + r * (1 + r * (1.f / 2 + r * (1.f / 6 + r * (1.f / 24 + r * (1.f / 120 + r / 720))))));
+  float tail = 1.f / 6 + r * (1.f / 24 + r * (1.f / 120 + r / 720));
+  return power.value * (1 + r * (1 + r * (0.5f + r * tail)));
 }
 
 /* With erf by Abramowitz and Stegun, 7.1.26, to 1.5e-7. */
 static inline float gelu(float x) {
   float z = fabsf(x) * 0.70710678f, t = 1 / (1 + 0.3275911f * z);
-  float tail = exponential(-z * z) * t * (0.254829592f + t * (-0.284496736f + t * (1.421413741f + t * (-1.453152027f + t * 1.061405429f))));
+  float sum = 1.421413741f + t * (-1.453152027f + t * 1.061405429f);
+  float tail = exponential(-z * z) * t * (0.254829592f + t * (-0.284496736f + t * sum));
   return 0.5f * x * (x < 0 ? tail : 2 - tail);
 }
 
@@ -304,7 +305,8 @@ typedef struct {
   float *memory;
 } Decoder;
 
-static void norm(const float *in, const float *scale, const float *shift, integer width, float *out) {
+static void norm(const float *in, const float *scale, const float *shift, integer width,
+                 float *out) {
   float mean = 0, variance = 0;
 #pragma omp simd reduction(+ : mean)
   for (integer i = 0; i < width; i++) mean += in[i];
@@ -312,7 +314,8 @@ static void norm(const float *in, const float *scale, const float *shift, intege
 #pragma omp simd reduction(+ : variance)
   for (integer i = 0; i < width; i++) variance += (in[i] - mean) * (in[i] - mean);
   float factor = 1 / sqrtf(variance / (float)width + 1e-5f);
-  for (integer i = 0; i < width; i++) out[i] = (in[i] - mean) * factor * scale[i] + (shift ? shift[i] : 0);
+  for (integer i = 0; i < width; i++)
+    out[i] = (in[i] - mean) * factor * scale[i] + (shift ? shift[i] : 0);
 }
 
 static float dot(const float *a, const float *b, integer count) {
@@ -369,6 +372,7 @@ void decode(const Decoder *d, integer token, integer position, float *logits, in
 #pragma omp single
     norm(x, d->scale, d->shift, width, normed);
 #pragma omp for
-    for (integer i = 0; i < d->vocabulary; i++) logits[i] = dot(normed, d->tokens + i * width, width);
+    for (integer i = 0; i < d->vocabulary; i++)
+      logits[i] = dot(normed, d->tokens + i * width, width);
   }
 }

@@ -130,6 +130,7 @@ class GPT(nn.Module):
         if not 0.0 <= dropout < 1.0:
             raise ValueError(f"dropout must be in [0, 1), got {dropout}")
         self.block_size = block_size
+        self.cache_shape = (n_layer, 2, n_head, block_size, n_embd // n_head)
         self.token_embedding = nn.Embedding(vocab_size, n_embd)
         self.position_embedding = nn.Embedding(block_size, n_embd)
         self.dropout = nn.Dropout(dropout)
@@ -147,14 +148,12 @@ class GPT(nn.Module):
                 nn.init.zeros_(parameter)
 
     def new_cache(self, batch_size: int = 1) -> Tensor:
-        """Room for the keys and values of every block: (blocks, 2, batch, heads, positions, channels).
+        """Room for keys and values: (blocks, 2, batch, heads, positions, channels).
 
         Its type and device are the network's.
         """
-        attention = self.blocks[0].attention
-        n_embd = self.token_embedding.embedding_dim
-        shape = (len(self.blocks), 2, batch_size, attention.n_head, self.block_size)
-        return self.token_embedding.weight.new_zeros(*shape, n_embd // attention.n_head)
+        n_layer, pair, n_head, *rest = self.cache_shape
+        return self.token_embedding.weight.new_zeros(n_layer, pair, batch_size, n_head, *rest)
 
     def forward(self, tokens: Tensor, cache: Tensor | None = None, start: int = 0) -> Tensor:
         """Predict the token after each position.
