@@ -37,3 +37,18 @@ def machine() -> dict[str, str | int]:
 def write_rows(path: Path, rows: list[dict[str, Any]]) -> None:
     """Writes a benchmark's rows as CSV, atomically."""
     write_text(path, pd.DataFrame(rows).to_csv(index=False, lineterminator="\n"))
+
+
+def reset_peak_memory() -> float:
+    """Starts a new measurement of the process's peak; its present bytes (0 where not Linux)."""
+    clear = Path("/proc/self/clear_refs")
+    if clear.exists():
+        clear.write_text("5")
+    return memory("VmRSS")
+
+
+def memory(field: str) -> float:
+    """Bytes of a line of /proc/self/status, 0 where there is none."""
+    status = Path("/proc/self/status")
+    lines = status.read_text().splitlines() if status.exists() else []
+    return next((int(x.split()[1]) * 1024.0 for x in lines if x.startswith(field + ":")), 0.0)

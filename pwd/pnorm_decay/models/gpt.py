@@ -1,6 +1,7 @@
 """nanoGPT's character model: a small pre-norm decoder with tied embeddings."""
 
 import math
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor, nn
@@ -137,6 +138,33 @@ class GPT(nn.Module):
         self.blocks = nn.ModuleList(Block(n_embd, n_head, dropout, bias) for _ in range(n_layer))
         self.ln_f = nn.LayerNorm(n_embd, bias=bias)
         self._initialise(n_layer)
+
+    @classmethod
+    def from_state_dict(cls, state: Mapping[str, Tensor], n_head: int | None = None) -> "GPT":
+        """The network that a state dict is of, with its weights.
+
+        Args:
+            state: of a `GPT`.
+            n_head: attention heads, the only size that it does not tell; None for those of
+                nanoGPT's configurations: heads of 32 channels up to a width of 128, then of 64.
+
+        Raises:
+            ValueError: it is of another model, or `n_head` does not divide the width.
+        """
+        try:
+            vocab_size, n_embd = state["token_embedding.weight"].shape
+            sizes = {
+                "vocab_size": vocab_size,
+                "n_layer": 1 + max(int(k.split(".")[1]) for k in state if k.startswith("blocks.")),
+                "n_head": n_head or max(n_embd // (32 if n_embd <= 128 else 64), 1),
+                "n_embd": n_embd,
+                "block_size": len(state["position_embedding.weight"]),
+            }
+            model = cls(**sizes, bias="ln_f.bias" in state)
+            model.load_state_dict(state)
+        except (KeyError, ValueError, RuntimeError) as error:
+            raise ValueError(f"These are not the weights of a GPT: {error}") from error
+        return model
 
     def _initialise(self, n_layer: int) -> None:
         for name, parameter in self.named_parameters():

@@ -12,6 +12,7 @@ import traceback
 from collections.abc import Iterator, Mapping
 from datetime import UTC, datetime
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any
 
 import torch
@@ -253,6 +254,31 @@ def build(config: Mapping[str, Any], group: str, **arguments: Any) -> Any:
     except InstantiationException as error:
         cause = error.__cause__ or error
         raise ConfigError(f"{group}: {' '.join(str(cause).split())}") from cause
+
+
+def saved_network(run_dir: Path) -> nn.Module:
+    """The network of a finished run, in eval mode on the CPU; its data are not needed.
+
+    Raises:
+        ConfigError: there is no finished run with a saved network, or it is damaged.
+    """
+    result = records.read_result(run_dir)
+    if result is None or not (run_dir / MODEL_FILE).exists():
+        raise ConfigError(f"{run_dir} is no finished run with a saved network ({MODEL_FILE})")
+    try:
+        state = torch.load(run_dir / MODEL_FILE, map_location="cpu", weights_only=True)
+        if "token_embedding.weight" in state:
+            sizes = {"vocab_size": len(state["token_embedding.weight"])}
+        else:
+            sizes = {
+                "num_classes": len(state["head.weight"]),
+                "in_channels": state["conv1.weight"].shape[1],
+            }
+        network: nn.Module = build(result["config"], "model", **sizes)
+        network.load_state_dict(state)
+    except (RuntimeError, UnpicklingError, KeyError, EOFError) as error:
+        raise ConfigError(f"{run_dir / MODEL_FILE} is damaged or of another model") from error
+    return network.eval()
 
 
 def build_pruning(config: Mapping[str, Any]) -> Pruning:
