@@ -8,7 +8,7 @@ SCALE ?= demo
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help setup lock data sweep figures explorer verify reproduce-figures bench bench-optimizer bench-training bench-sweep dashboard sync soak test test-ray notebooks lint clean
+.PHONY: help setup lock data sweep figures explorer verify reproduce-figures bench bench-optimizer bench-training bench-sweep bench-inference dashboard sync soak test test-ray notebooks lint clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-18s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -50,7 +50,7 @@ explorer: $(READY) ## write results/explorer.html: all recorded runs, to choose 
 verify: $(READY) ## train one recorded run of each experiment again and compare it with its record
 	$(BIN)/python scripts/verify.py
 
-bench: bench-optimizer bench-training bench-sweep ## run every benchmark, alone on the machine
+bench: bench-optimizer bench-training bench-sweep bench-inference ## run every benchmark, alone on the machine
 
 bench-optimizer: $(READY) ## time the optimizers against fused AdamW, into results/bench/optimizer.csv
 	$(BIN)/python scripts/bench_optimizer.py
@@ -60,6 +60,9 @@ bench-training: $(READY) ## time the trainer against a straightforward loop, int
 
 bench-sweep: $(READY) ## measure a sweep's runs per hour, into results/bench/sweep.csv
 	$(BIN)/python scripts/bench_sweep.py
+
+bench-inference: $(READY) ## time inference without the zeros, into results/bench/inference.csv
+	$(BIN)/python scripts/bench_inference.py
 
 dashboard: $(READY) ## browse the offline W&B runs in the terminal
 	@test -d runs/wandb || { echo "no runs yet: make reproduce-figures makes some"; exit 1; }

@@ -16,12 +16,14 @@ import sys
 import time
 import warnings
 from pathlib import Path
+from typing import Any, cast
 
 import torch
 
 from pnorm_decay import sparsity
 from pnorm_decay.data import DataError, PydocTopics, TinyShakespeare
 from pnorm_decay.deploy import generate, sparse_inference
+from pnorm_decay.deploy.inference import SparseLinear
 from pnorm_decay.models.gpt import GPT
 from pnorm_decay.training.run import saved_network
 from pnorm_decay.training.settings import ConfigError
@@ -38,7 +40,7 @@ def network_of(path: Path, heads: int | None) -> GPT:
         if not isinstance(network, GPT):
             raise ConfigError(f"{path} holds a {type(network).__name__}, which writes no text")
         return network
-    from pnorm_decay.deploy import load_sparse
+    from pnorm_decay.deploy import load_sparse  # type: ignore[attr-defined]
 
     return GPT.from_state_dict(load_sparse(path), heads).eval()
 
@@ -94,18 +96,19 @@ def main() -> None:
     if not arguments.dense:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", UserWarning)  # where nothing is gained, it is dense
-            network = sparse_inference(network, torch.zeros(1, 1, dtype=torch.long))
+            network = cast(GPT, sparse_inference(network, torch.zeros(1, 1, dtype=torch.long)))
     generator = torch.Generator()
     generator.seed() if arguments.seed is None else generator.manual_seed(arguments.seed)
     prompt = torch.tensor([vocabulary.index(character) for character in arguments.prompt])
     sys.stdout.write(arguments.prompt)
     start = time.perf_counter()
-    options = {"temperature": arguments.temperature, "generator": generator}
+    options: Any = {"temperature": arguments.temperature, "generator": generator}
     for token in generate(network, prompt, arguments.tokens, **options):
         sys.stdout.write(vocabulary[token])
         sys.stdout.flush()
     seconds = time.perf_counter() - start
-    form = "dense" if type(network.blocks[0].mlp.fc) is torch.nn.Linear else "sparse"
+    is_sparse = any(isinstance(layer, SparseLinear) for layer in network.modules())
+    form = "sparse" if is_sparse else "dense"
     sys.stdout.write("\n")
     sys.stderr.write(
         f"{arguments.tokens} tokens, {arguments.tokens / seconds:,.0f} a second ({form}; "
