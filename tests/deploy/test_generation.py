@@ -69,12 +69,12 @@ def test_a_text_read_in_parts():
 
 @pytest.mark.parametrize("threads", [1, 2])
 def test_compiled_logits_are_the_network_s(monkeypatch, threads):
-    model = network(0.7, n_embd=32, n_head=4, block_size=40)
+    model = network(0.7, n_embd=32, n_head=4, block_size=16)
     fast = everything_sparse(model, torch.zeros(1, 1, dtype=torch.long))
     # One layer stayed dense.
     fast.blocks[1].mlp.fc = model.blocks[1].mlp.fc
     monkeypatch.setattr(generation, "threads_for", lambda weights: threads)
-    tokens = torch.randint(13, (1, 40))
+    tokens = torch.randint(13, (1, 16))
     store = fast.new_cache()
     step = generation._compiled_step(fast, store)
     with torch.no_grad():

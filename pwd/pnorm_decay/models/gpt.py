@@ -163,7 +163,8 @@ class GPT(nn.Module):
             model = cls(**sizes, bias="ln_f.bias" in state)
             model.load_state_dict(state)
         except (KeyError, ValueError, RuntimeError) as error:
-            raise ValueError(f"These are not the weights of a GPT: {error}") from error
+            reason = " ".join(str(error).split())
+            raise ValueError(f"These are not the weights of a GPT: {reason}") from error
         return model
 
     def _initialise(self, n_layer: int) -> None:
