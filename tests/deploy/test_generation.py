@@ -7,6 +7,7 @@ import torch
 
 from deploy.test_inference import everything_sparse, sparsened
 from pnorm_decay.deploy import generate, generation
+from pnorm_decay.deploy.inference import InBfloat16
 from pnorm_decay.models.gpt import GPT
 
 
@@ -109,6 +110,10 @@ def test_only_sparse_networks_of_this_form_are_compiled():
     assert generation._compiled_step(model, model.new_cache()) is None
     fast = everything_sparse(model, torch.zeros(1, 1, dtype=torch.long))
     assert generation._compiled_step(fast, fast.new_cache())
+    kept = fast.blocks[2].mlp.proj
+    fast.blocks[2].mlp.proj = InBfloat16(torch.nn.Linear(96, 24))
+    assert generation._compiled_step(fast, fast.new_cache()) is None
+    fast.blocks[2].mlp.proj = kept
     fast.blocks[0].attention.qkv = torch.nn.Linear(24, 70)
     assert generation._compiled_step(fast, fast.new_cache()) is None
 

@@ -182,7 +182,7 @@ def test_new_weights_are_used():
 def everything_sparse(model: nn.Module, x: torch.Tensor) -> nn.Module:
     """What `sparse_inference` returns where every sparse layer is faster."""
     with torch.no_grad():
-        base = inference._folded(copy.deepcopy(model))
+        base = inference._folded(copy.deepcopy(model), (x,), model(x))
         layers = {name: inference._sparse(layer) for name, layer in inference._eligible(base)}
         return inference._fused(inference._with(base, layers), (x,))
 
@@ -220,6 +220,21 @@ class Branches(nn.Module):
 def test_what_does_not_belong_to_one_convolution_stays_outside():
     torch.manual_seed(0)
     model, x = sparsened(Branches(), 0.6), torch.randn(3, 3, 6, 6)
+    with torch.no_grad():
+        torch.testing.assert_close(everything_sparse(model, x)(x), model(x))
+
+
+def test_a_convolution_with_two_batch_norms():
+    class Twice(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv, self.a, self.b = nn.Conv2d(3, 3, 1), nn.BatchNorm2d(3), nn.BatchNorm2d(3)
+
+        def forward(self, x):
+            return self.b(self.conv(self.a(self.conv(x))))
+
+    torch.manual_seed(0)
+    model, x = sparsened(Twice(), 0.5), torch.randn(3, 3, 6, 6)
     with torch.no_grad():
         torch.testing.assert_close(everything_sparse(model, x)(x), model(x))
 

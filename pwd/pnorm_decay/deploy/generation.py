@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import ctypes
 from collections.abc import Callable, Iterator
+from itertools import chain
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from pnorm_decay.deploy.inference import (
     Matrix,
@@ -128,6 +129,8 @@ def _compiled_step(model: GPT, store: Tensor) -> Step | None:
         [block.attention.qkv, block.attention.proj, block.mlp.fc, block.mlp.proj]
         for block in blocks
     ]
+    if not all(isinstance(layer, nn.Linear | SparseLinear) for layer in chain(*linears)):
+        return None  # one of them is computed in bf16
     hidden = [layers[2].weight.shape[0] for layers in linears]
     shapes = [[tuple(layer.weight.shape) for layer in layers] for layers in linears]
     if shapes != [[(3 * width, width), (width, width), (h, width), (width, h)] for h in hidden]:

@@ -514,11 +514,12 @@ def sparse_inference(
         try:
             expected = given(*args)
         except (RuntimeError, ValueError, TypeError, IndexError) as error:
-            raise ValueError(f"The model does not take the example: {error}") from error
-        base = _folded(given)
-        candidates = {name: sparse for name, layer in _eligible(base) if (sparse := _sparse(layer))}
+            reason = " ".join(str(error).split())
+            raise ValueError(f"The model does not take the example: {reason}") from error
         if _library() is None:
             return given
+        base = _folded(given, args, expected)
+        candidates = {name: sparse for name, layer in _eligible(base) if (sparse := _sparse(layer))}
         if not candidates:
             warnings.warn(
                 "Nothing is gained: no linear layer or convolution in fp32 has 40 % of zeros.",
@@ -549,15 +550,18 @@ def sparse_inference(
     return models[best]
 
 
-def _folded(model: nn.Module) -> nn.Module:
+def _folded(model: nn.Module, args: tuple[Any, ...], expected: Any) -> nn.Module:
     """The model with batch norms folded into convolutions, itself where that cannot be done."""
     if not any(isinstance(module, nn.Conv2d) for module in model.modules()):
         return model
     try:
-        return fuse(model).requires_grad_(False)
+        folded = fuse(model).requires_grad_(False)
+        # torch's folding is wrong where two batch norms follow one convolution.
+        _check("The folded model", folded(*args), expected, 1e-3)
     except Exception as error:  # what a model's own code does with torch.fx's proxies
-        logger.info("torch.fx cannot trace the model, so nothing is folded: %s", error)
+        logger.info("Nothing is folded: %s", error)
         return model
+    return folded
 
 
 def _eligible(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
