@@ -207,13 +207,13 @@ class Branches(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.a, self.b = nn.Conv2d(3, 4, 3, padding=1), nn.Conv2d(3, 1, 1)
-        self.twice = nn.Conv2d(4, 4, 1)
+        self.a, self.b = (nn.Conv2d(3, n, 3, padding=1) for n in (4, 1))
+        self.c, self.twice = nn.Conv2d(3, 4, 1), nn.Conv2d(4, 4, 1)
 
     def forward(self, x):
-        a, b = self.a(x), self.b(x)
+        a, b = self.a(x), self.c(x)
         a = a + torch.relu(a)  # two users
-        b = torch.add(b, 1.5) + a  # a number; another shape
+        b = torch.add(b, 1.5) + (self.b(x) + a)  # a number; another shape
         return torch.relu(self.twice(b)) + self.twice(a)
 
 
