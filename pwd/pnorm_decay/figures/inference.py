@@ -72,7 +72,7 @@ def inference_figure(rows: pd.DataFrame) -> Figure:
     axes[0].set_ylabel("images or characters a second")
     axes[1].axhline(1, color="#bbbbbb", linestyle="--", linewidth=0.8, zorder=1)
     axes[1].set_ylabel("times the fastest dense form")
-    axes[0].legend(loc="best")
+    fig.legend(handles=axes[0].get_legend_handles_labels()[0], loc="outside upper center", ncols=5)
     threads = int(rows["threads"].iloc[0])
     finish(
         fig,
