@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import io
+import itertools
 import logging
 import platform
 import warnings
@@ -310,6 +311,40 @@ def test_layer_by_layer(monkeypatch, faster):
     assert fast(x).dtype == torch.float32
 
 
+@pytest.mark.parametrize("is_alone", [True, False])
+def test_a_large_batch_is_read_in_parts_unless_its_items_matter_to_each_other(
+    monkeypatch, is_alone
+):
+    class Network(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv = nn.Conv2d(3, 8, 3)
+
+        def forward(self, x):
+            y = self.conv(x).sum((2, 3))
+            return y if is_alone else y - y.mean(0)
+
+    seen = []
+
+    def timed(runs):
+        for run in runs.values():
+            run()
+        seen.extend(runs)
+        return {name: 1.0 / (1 + name.startswith("mixed") + ("16" in name)) for name in runs}
+
+    torch.manual_seed(0)
+    monkeypatch.setattr(inference, "_alternate", timed)
+    monkeypatch.setattr(inference, "_least", lambda times: -next(count))  # sparse is faster
+    count = itertools.count()
+    model, x = sparsened(Network(), 0.9), torch.randn(50, 3, 6, 6)
+    fast = sparse_inference(model, x)
+    assert ("mixed, 16 at a time" in seen) == is_alone
+    assert isinstance(fast, inference.InParts) == is_alone
+    with torch.no_grad():
+        for size in (50, 16, 3):
+            torch.testing.assert_close(fast(x[:size]), model(x[:size]))
+
+
 def test_layers_that_stay_as_they_are():
     class Own(nn.Linear):
         pass
@@ -377,7 +412,7 @@ def test_wrong_loops_are_noticed(monkeypatch):
 
     monkeypatch.setattr(inference, "_library", Wrong)
     monkeypatch.setattr(torch.Tensor, "new_empty", torch.Tensor.new_zeros)
-    with pytest.raises(RuntimeError, match="sparse layer 0 differs from the dense one by"):
+    with pytest.raises(RuntimeError, match="sparse layer 0 differs from the dense one by more"):
         sparse_inference(sparsened(nn.Sequential(nn.Linear(64, 64)), 0.9), torch.randn(1, 64))
 
 
