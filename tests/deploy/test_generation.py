@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from deploy.test_inference import everything_sparse, sparsened
-from pnorm_decay.deploy import generate, generation
-from pnorm_decay.deploy.inference import InBfloat16
+from pnorm_decay.deploy import generate, generation, sparse_inference
+from pnorm_decay.deploy.inference import InBfloat16, SparseLinear
 from pnorm_decay.models.gpt import GPT
 
 
@@ -77,7 +77,7 @@ def test_compiled_logits_are_the_network_s(monkeypatch, threads):
     monkeypatch.setattr(generation, "threads_for", lambda weights: threads)
     tokens = torch.randint(13, (1, 16))
     store = fast.new_cache()
-    step = generation._compiled_step(fast, store)
+    step = generation.compiled_step(fast, store)
     with torch.no_grad():
         expected = model(tokens)[0]
     for position, token in enumerate(tokens[0].tolist()):
@@ -107,15 +107,23 @@ def test_a_seed_gives_the_same_text_dense_or_sparse():
 
 def test_only_sparse_networks_of_this_form_are_compiled():
     model = network(0.5)
-    assert generation._compiled_step(model, model.new_cache()) is None
+    assert generation.compiled_step(model, model.new_cache()) is None
     fast = everything_sparse(model, torch.zeros(1, 1, dtype=torch.long))
-    assert generation._compiled_step(fast, fast.new_cache())
+    assert generation.compiled_step(fast, fast.new_cache())
     kept = fast.blocks[2].mlp.proj
     fast.blocks[2].mlp.proj = InBfloat16(torch.nn.Linear(96, 24))
-    assert generation._compiled_step(fast, fast.new_cache()) is None
+    assert generation.compiled_step(fast, fast.new_cache()) is None
     fast.blocks[2].mlp.proj = kept
     fast.blocks[0].attention.qkv = torch.nn.Linear(24, 70)
-    assert generation._compiled_step(fast, fast.new_cache()) is None
+    assert generation.compiled_step(fast, fast.new_cache()) is None
+
+
+def test_a_network_that_writes_is_chosen_by_the_time_that_takes():
+    # Its layers are so small that in Python it does not matter whether they are sparse.
+    model, token = network(0.9, n_embd=96, n_layer=6), torch.zeros(1, 1, dtype=torch.long)
+    fast = sparse_inference(model, token)
+    assert sum(isinstance(layer, SparseLinear) for layer in fast.modules()) == 24
+    assert generation.compiled_step(fast, fast.new_cache())
 
 
 @pytest.mark.parametrize(

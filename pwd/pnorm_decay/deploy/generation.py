@@ -87,7 +87,7 @@ def generate(
     if count < 0 or not temperature >= 0:
         raise ValueError(f"count {count} and temperature {temperature} must not be negative")
     store = model.new_cache()
-    step = _compiled_step(model, store) or _step(model, store)
+    step = compiled_step(model, store) or _step(model, store)
     position = context  # nothing has been read yet
     noise = torch.empty(DRAWS, vocabulary)
     for n in range(count):
@@ -115,7 +115,7 @@ def _step(model: GPT, store: Tensor) -> Step:
     return step
 
 
-def _compiled_step(model: GPT, store: Tensor) -> Step | None:
+def compiled_step(model: GPT, store: Tensor) -> Step | None:
     """A token in compiled code, None where the network is dense or has another form."""
     library: Any = _library()
     if type(model) is not GPT or not store.is_cpu or store.dtype != torch.float32 or not library:

@@ -505,6 +505,7 @@ def sparse_inference(
     folded into it, and sparse ones take over the addition and the ReLU behind them. The
     whole is then timed against the dense model, `channels_last` too, and the fastest is returned;
     of more than 16 images it may read 16 at a time, where that leaves the outputs as they are.
+    For this repository's `GPT` and one token as example, what counts is `generate`'s time.
     Logged (INFO, `pnorm_decay.deploy`) is what was faster where.
 
     The outputs are equal up to rounding, NaN and infinity included. The weights of the sparse
@@ -562,7 +563,13 @@ def sparse_inference(
             in_parts = InParts(models["mixed"])
             if has_parts and _is_equal(in_parts(*args), expected, tolerance):
                 models["mixed, 16 at a time"] = in_parts
-        seconds = _alternate({name: partial(form, *args) for name, form in models.items()})
+        runs: dict[str, Callable[[], object]] = {
+            name: partial(form, *args) for name, form in models.items()
+        }
+        step = _text_step(everything := _with(base, candidates), args)
+        if step is not None:
+            models["one call a token"], runs["one call a token"] = everything, step
+        seconds = _alternate(runs)
     for name, taken in seconds.items():
         logger.info("The whole, %s: %.3f ms", name, 1e3 * taken)
     best = min(seconds, key=lambda name: seconds[name])
@@ -571,6 +578,17 @@ def sparse_inference(
             f"Nothing is gained by leaving zeros out: {best} is fastest here.", stacklevel=2
         )
     return models[best]
+
+
+def _text_step(model: nn.Module, args: tuple[Any, ...]) -> Callable[[], object] | None:
+    """What `generate` does for a token with this model, where the example is one token."""
+    from pnorm_decay.deploy.generation import compiled_step  # it imports this module
+    from pnorm_decay.models.gpt import GPT
+
+    if not isinstance(model, GPT) or len(args) != 1 or args[0].numel() != 1:
+        return None
+    step = compiled_step(model, model.new_cache())
+    return step and partial(step, int(args[0]), 0)
 
 
 def _has_parts(layers: Mapping[str, nn.Module], args: tuple[Any, ...], expected: Any) -> bool:
