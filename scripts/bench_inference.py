@@ -38,6 +38,7 @@ from torch import Tensor, nn
 from bench_common import machine, memory, reset_peak_memory, write_rows
 from pnorm_decay import sparsity
 from pnorm_decay.deploy import generate, sparse_inference
+from pnorm_decay.deploy.inference import InBfloat16, InParts
 from pnorm_decay.models.gpt import GPT
 from pnorm_decay.models.resnet import ResNet18
 from pnorm_decay.optim import split_decayed
@@ -77,6 +78,8 @@ def example_of(case: str, model: nn.Module) -> Tensor:
         size, vocabulary = model.block_size, model.token_embedding.num_embeddings
         length = 1 if case == "write text" else min(READ, size)
         return torch.randint(vocabulary, (1, length), generator=torch.Generator().manual_seed(0))
+    while isinstance(model, InBfloat16 | InParts):
+        model = model.module
     first: Any = model.get_submodule("conv1")
     channels = first.weight.shape[1]
     return torch.randn(int(case.split()[0]), channels, 32, 32)

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from pnorm_decay.deploy import inference
+from pnorm_decay.deploy.inference import InParts
 from pnorm_decay.figures.inference import read
 from pnorm_decay.models.gpt import GPT
 from pnorm_decay.models.resnet import ResNet18
@@ -61,7 +62,9 @@ def test_it_writes_a_row_for_each_form_and_resumes(bench, monkeypatch, tmp_path,
 
 def test_memory_is_that_of_a_process_of_its_own(bench):
     small, large = (
-        bench.peak_megabytes("1 image", "dense fp32", torch.nn.Sequential(OrderedDict(conv1=conv)))
+        bench.peak_megabytes(
+            "1 image", "sparse", InParts(torch.nn.Sequential(OrderedDict(conv1=conv)))
+        )
         for conv in (torch.nn.Conv2d(3, 4, 3), torch.nn.Conv2d(3, 300_000, 5, stride=32))
     )
     assert large - small > 80  # 22.5 million weights, unless it is not Linux
