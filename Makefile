@@ -10,7 +10,7 @@ COLLECT := $(if $(filter demo,$(SCALE)),--anew)
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help setup lock data sweep figures explorer verify reproduce-figures bench bench-optimizer bench-training bench-sweep bench-files bench-compact dashboard sync soak test test-ray notebooks lint clean
+.PHONY: help setup lock data sweep figures explorer verify reproduce-figures bench bench-optimizer bench-training bench-sweep bench-files bench-compact bench-inference dashboard sync soak test test-ray notebooks lint clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-18s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -52,7 +52,7 @@ explorer: $(READY) ## write results/explorer.html: all recorded runs, to choose 
 verify: $(READY) ## train one recorded run of each experiment again and compare it with its record
 	$(BIN)/python scripts/verify.py
 
-bench: bench-optimizer bench-training bench-sweep bench-files ## run every benchmark, alone on the machine
+bench: bench-optimizer bench-training bench-sweep bench-files bench-inference ## run every benchmark, alone on the machine
 
 bench-optimizer: $(READY) ## time the optimizers against fused AdamW, into results/bench/optimizer.csv
 	$(BIN)/python scripts/bench_optimizer.py
@@ -68,6 +68,10 @@ bench-files: $(READY) ## measure sparse networks as files, into results/bench/sp
 
 bench-compact: $(READY) ## measure what compact leaves of the sparse networks in runs/, into results/bench/compact.csv
 	$(BIN)/python scripts/bench_compact.py
+
+
+bench-inference: $(READY) ## time inference without the zeros, into results/bench/inference.csv
+	$(BIN)/python scripts/bench_inference.py
 
 dashboard: $(READY) ## browse the offline W&B runs in the terminal
 	@test -d runs/wandb || { echo "no runs yet: make reproduce-figures makes some"; exit 1; }

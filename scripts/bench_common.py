@@ -16,8 +16,6 @@ import torch
 from pnorm_decay import records
 from pnorm_decay.files import write_text
 
-MODEL_FILE = "model.pt"
-
 
 def machine() -> dict[str, str | int]:
     """What the numbers were taken on."""
@@ -51,7 +49,7 @@ def trained_networks(runs: Path) -> Iterator[tuple[str, Path, dict[str, Any]]]:
     seen = set()
     for scale, experiment, result in records.recorded_runs(runs):
         record = result["record"]
-        network = runs / scale / experiment / record["run_id"] / MODEL_FILE
+        network = runs / scale / experiment / record["run_id"] / records.MODEL_FILE
         if record["status"] != "finished" or not network.exists():
             continue
         percent = round(100 * record["zero_fraction"])
@@ -59,3 +57,18 @@ def trained_networks(runs: Path) -> Iterator[tuple[str, Path, dict[str, Any]]]:
         if percent >= 50 and name not in seen:
             seen.add(name)
             yield name, network, result
+
+
+def reset_peak_memory() -> float:
+    """Starts a new measurement of the process's peak; its present bytes (0 where not Linux)."""
+    clear = Path("/proc/self/clear_refs")
+    if clear.exists():
+        clear.write_text("5")
+    return memory("VmRSS")
+
+
+def memory(field: str) -> float:
+    """Bytes of a line of /proc/self/status, 0 where there is none."""
+    status = Path("/proc/self/status")
+    lines = status.read_text().splitlines() if status.exists() else []
+    return next((int(x.split()[1]) * 1024.0 for x in lines if x.startswith(field + ":")), 0.0)

@@ -23,19 +23,21 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from bench_common import machine, trained_networks, write_rows
-from pnorm_decay.data import DataError, Dataset
+from pnorm_decay.data import DataError
 from pnorm_decay.deploy import compact
 from pnorm_decay.sparsity import structured_share, zero_fraction
-from pnorm_decay.training.run import build
+from pnorm_decay.training.building import build_data, build_model
+from pnorm_decay.training.settings import Settings
 
 console = Console(highlight=False)
 
 
 def load(network: Path, config: dict[str, Any], batch_size: int) -> tuple[nn.Module, Tensor]:
     """A run's saved network, and a batch of its data."""
-    data: Dataset = build(config, "data")
+    settings = Settings.from_config(config)
+    data = build_data(settings)
     data.setup(torch.device("cpu"))
-    model: nn.Module = build(config, "model", **data.model_args)
+    model = build_model(settings, data)
     model.load_state_dict(torch.load(network, weights_only=True))
     return model.eval(), data.train_batch(0, batch_size, config["seed"])[0]
 

@@ -27,7 +27,7 @@ from rich.progress import track
 from rich.table import Table
 from torch import nn
 
-from bench_common import machine, write_rows
+from bench_common import machine, memory, reset_peak_memory, write_rows
 from pnorm_decay import AdamPWD, param_groups
 from pnorm_decay.models.gpt import GPT
 from pnorm_decay.models.resnet import ResNet18
@@ -159,21 +159,6 @@ def child(model_name: str, name: str, p: str) -> None:
     for _ in range(3):
         optimizer.step()
     sys.stdout.write(f"{seconds} {(memory('VmHWM') - before) / 1e6}")
-
-
-def reset_peak_memory() -> float:
-    """Starts a new measurement of the process's peak; its present bytes (0 where not Linux)."""
-    clear = Path("/proc/self/clear_refs")
-    if clear.exists():
-        clear.write_text("5")
-    return memory("VmRSS")
-
-
-def memory(field: str) -> float:
-    """Bytes of a line of /proc/self/status, 0 where there is none."""
-    status = Path("/proc/self/status")
-    lines = status.read_text().splitlines() if status.exists() else []
-    return next((int(x.split()[1]) * 1024.0 for x in lines if x.startswith(field + ":")), 0.0)
 
 
 def measure(

@@ -31,7 +31,6 @@ from pnorm_decay.training.building import build_data, build_model
 from pnorm_decay.training.evaluation import evaluate
 from pnorm_decay.training.identity import run_name
 from pnorm_decay.training.machine import make_accelerator, prepare_process
-from pnorm_decay.training.run import MODEL_FILE
 from pnorm_decay.training.settings import ConfigError, Settings, TrainerSettings
 
 COLUMNS = ["run_id", "precision", "val_loss", "val_accuracy", "structured_share"]
@@ -45,7 +44,7 @@ def saved_networks(
     """(network, CSV file, result) of every finished run, or of those chosen by their run_id."""
     for scale, name, result in records.recorded_runs(runs):
         run_id, ended = result["record"]["run_id"], result["record"]["status"]
-        network = runs / scale / name / run_id / MODEL_FILE
+        network = runs / scale / name / run_id / records.MODEL_FILE
         if ended == "finished" and network.exists() and (not chosen or run_id in chosen):
             yield network, results / scale / "evaluation" / f"{name}.csv", result
 

@@ -1,4 +1,4 @@
-"""Draws Figures 1-5, and one run's weights, from recorded runs alone, into results/figures/."""
+"""Draws Figures 1-5, one run's weights and inference, from records alone, into results/figures/."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import matplotlib as mpl
 from matplotlib.figure import Figure
 from rich.console import Console
 
-from pnorm_decay.figures import toy, weights
+from pnorm_decay.figures import inference, toy, weights
 from pnorm_decay.figures.contour import contour_figure
 from pnorm_decay.figures.frontier import frontier_figure
 from pnorm_decay.figures.loading import SCALES, Experiment, load_all
@@ -80,6 +80,14 @@ def main() -> None:
             draw(toy.toy_figure(toy.read(curves)), folder / "figure1", args.format)
         except RecordError as unreadable:
             errors.append(unreadable)
+    measured = args.results / "bench" / "inference.csv"
+    if measured.exists():
+        try:
+            figure = inference.inference_figure(inference.read(measured))
+        except RecordError as unreadable:
+            errors.append(unreadable)
+        else:
+            draw(figure, folder / "inference", args.format)
     for scale in scales:
         of_scale = [experiment for experiment in experiments if experiment.scale == scale]
         images = [experiment for experiment in of_scale if experiment.is_image]

@@ -19,6 +19,7 @@ import pandas as pd
 from pnorm_decay.files import write_text
 
 RESULT_FILE = "result.json"
+MODEL_FILE = "model.pt"
 FAILURE_FILE = "failure.json"
 
 # Column -> pandas dtype, in the order of the CSV. Accuracies are in percent, sparsity and

@@ -283,3 +283,9 @@ def test_an_unusable_folder_is_named(tmp_path: Path) -> None:
         cache_write(tmp_path / "file" / "inside"),
     ):
         pytest.fail("opened a file below a file")
+
+
+def test_the_characters_of_tokens(shared_file: Callable[[str], Path]) -> None:
+    path = shared_file("tinyshakespeare.txt")
+    assert TinyShakespeare(64).vocabulary() == text.encode(path.read_text())[1]
+    assert PydocTopics(64).vocabulary() == text.encode(PydocTopics(64)._text())[1]

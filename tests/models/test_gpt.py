@@ -140,3 +140,22 @@ def test_bf16_attention_on_a_cpu_drops_weights_in_training() -> None:
     dropped = causal_attention(ones, ones, ones, dropout=0.5)
     assert dropped.float().std() > 0.1
     assert dropped.float().mean() == pytest.approx(1, abs=0.25)
+
+
+@pytest.mark.parametrize("bias", [False, True])
+def test_a_network_from_its_weights(bias):
+    model = GPT(11, 3, 2, 64, 9, bias=bias)
+    again = GPT.from_state_dict(model.state_dict())
+    tokens = torch.randint(11, (2, 9))
+    assert torch.equal(again(tokens), model(tokens))
+    assert GPT.from_state_dict(model.state_dict(), 4).blocks[0].attention.n_head == 4
+
+
+def test_other_weights_are_refused():
+    state = GPT(11, 1, 2, 64, 9).state_dict()
+    with pytest.raises(ValueError, match=r"not the weights of a GPT: .*multiple"):
+        GPT.from_state_dict(state, 3)
+    with pytest.raises(ValueError, match=r"not the weights of a GPT: .*mlp\.fc"):
+        GPT.from_state_dict({name: w for name, w in state.items() if "mlp.fc" not in name})
+    with pytest.raises(ValueError, match=r"not the weights of a GPT: 'token_embedding\.weight'"):
+        GPT.from_state_dict({})

@@ -1,6 +1,7 @@
 """Character-level text: Python's own pydoc topics, and Tiny Shakespeare."""
 
 import platform
+import string
 from abc import abstractmethod
 from collections.abc import Iterator
 from pathlib import Path
@@ -106,6 +107,14 @@ class TextDataset(Dataset):
         """`vocab_size`: the number of different characters in the whole text."""
         return {"vocab_size": self._tokens.vocab_size}
 
+    def vocabulary(self) -> list[str]:
+        """The characters of the whole text, in the order of their tokens.
+
+        Raises:
+            DataError: the text is missing or has a wrong checksum.
+        """
+        return encode(self._text())[1]
+
     def steps_per_epoch(self, batch_size: int) -> int | None:
         """None: blocks start anywhere, so there are no epochs."""
         check_batch_size(batch_size)
@@ -199,6 +208,7 @@ class TinyShakespeare(TextDataset):
     SHA256 = "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed"
     LARGEST = 2**21  # bytes; it has 1,115,394
     FILE_NAME = "tinyshakespeare.txt"
+    CHARACTERS = "\n !$&',-.3:;?" + string.ascii_uppercase + string.ascii_lowercase
 
     def __init__(
         self, block_size: int, path: str | Path | None = None, cache_dir: str | Path = "data"
@@ -212,6 +222,10 @@ class TinyShakespeare(TextDataset):
     def label(self) -> str:
         """The name of the text."""
         return "Tiny Shakespeare"
+
+    def vocabulary(self) -> list[str]:
+        """The characters of the text, in the order of their tokens; known without the file."""
+        return list(self.CHARACTERS)
 
     def prepare(self) -> Path:
         """Put the checked text into the cache folder, where runs without a `path` find it.

@@ -1,4 +1,4 @@
-"""What zeros are worth once training is over: small files and small networks."""
+"""What zeros are worth once training is over: small files, small networks, fast inference."""
 
 try:
     from pnorm_decay.deploy.files import SparseFileError, load_sparse, save_sparse
@@ -16,6 +16,8 @@ from pnorm_decay.deploy.compact import (
     channel_groups,
     compact,
 )
+from pnorm_decay.deploy.generation import generate
+from pnorm_decay.deploy.inference import sparse_inference
 
 __all__ = [
     "ChannelGroup",
@@ -24,6 +26,8 @@ __all__ = [
     "SparseFileError",
     "channel_groups",
     "compact",
+    "generate",
     "load_sparse",
     "save_sparse",
+    "sparse_inference",
 ]

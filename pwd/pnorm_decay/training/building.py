@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import re
+from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any
 
 import torch
@@ -14,6 +16,7 @@ from torch import Tensor, nn
 from torch.nn import Parameter
 from torch.optim import Optimizer
 
+from pnorm_decay import records
 from pnorm_decay.baselines import SparsityMethod
 from pnorm_decay.data import DataError, Dataset
 from pnorm_decay.optim import split_decayed
@@ -67,6 +70,35 @@ def build_data(settings: Settings) -> Dataset:
 def build_model(settings: Settings, data: Dataset) -> nn.Module:
     """A freshly drawn model, on the CPU, for a data set that is set up."""
     return build("model", settings.model, **data.model_args)
+
+
+def saved_network(run_dir: Path) -> nn.Module:
+    """The network of a finished run, in eval mode on the CPU; its data are not needed.
+
+    Raises:
+        ConfigError: there is no finished run with a saved network, or it is damaged.
+    """
+    result = records.read_result(run_dir)
+    if result is None or not (run_dir / records.MODEL_FILE).exists():
+        raise ConfigError(
+            f"{run_dir} is no finished run with a saved network ({records.MODEL_FILE})"
+        )
+    try:
+        state = torch.load(run_dir / records.MODEL_FILE, map_location="cpu", weights_only=True)
+        if "token_embedding.weight" in state:
+            sizes = {"vocab_size": len(state["token_embedding.weight"])}
+        else:
+            sizes = {
+                "num_classes": len(state["head.weight"]),
+                "in_channels": state["conv1.weight"].shape[1],
+            }
+        network: nn.Module = build("model", Settings.from_config(result["config"]).model, **sizes)
+        network.load_state_dict(state)
+    except (RuntimeError, UnpicklingError, KeyError, EOFError) as error:
+        raise ConfigError(
+            f"{run_dir / records.MODEL_FILE} is damaged or of another model"
+        ) from error
+    return network.eval()
 
 
 def check_memory(settings: Settings, data: Dataset) -> None:

@@ -35,8 +35,6 @@ from pnorm_decay.training.settings import ConfigError, Settings
 from pnorm_decay.training.tracking import Tracker
 from pnorm_decay.training.trainer import Outcome, Training, train
 
-MODEL_FILE = "model.pt"
-
 
 class RunError(RuntimeError):
     """A run ended in an error that nobody foresaw; the message says where its details are."""
@@ -172,7 +170,9 @@ def train_and_record(run: Run, accelerator: Accelerator) -> dict[str, Any]:
         not_saved = None
         if settings.trainer.save_model:
             try:
-                checkpoint.save_model(run.folder / MODEL_FILE, training.method.plain_model())
+                checkpoint.save_model(
+                    run.folder / records.MODEL_FILE, training.method.plain_model()
+                )
             except OSError as error:  # a full disk has room for the small result
                 not_saved = error
         result = {"config": settings.config, "record": record, "provenance": provenance}

@@ -1,0 +1,378 @@
+/* Products with the non-zero weights of a layer alone, for the CPU: inference.py builds it.
+ *
+ * A weight is one multiply-add of whole vectors. For that the images (or tokens) of a batch lie
+ * innermost in a padded copy of a part of the input, small enough for the cache; a weight's place
+ * is where in it the input of the first output lies, and the inputs of the next outputs follow. So
+ * padding, stride (the copy holds every stride-th row and column together), dilation and groups
+ * are a matter of places alone, and a linear layer is a convolution of images of one pixel. */
+
+#include <math.h>
+#include <stdint.h>
+#include <string.h>
+#ifdef _OPENMP
+#include <omp.h>
+#endif
+
+#define LANES 16
+typedef float vector __attribute__((vector_size(4 * LANES), aligned(4)));
+typedef int64_t integer;
+typedef struct { float value; int32_t place; } Weight; /* the place counts pixels of the copy */
+
+/* Strides count elements. Every field is 8 bytes: inference.py fills them in this order. */
+typedef struct {
+  integer images, channels, height, width;          /* of the input */
+  integer of_image, of_channel, of_row, of_column;  /* its strides */
+  integer outputs, out_height, out_width;
+  integer to_image, to_channel, to_row, to_column;  /* the output's strides */
+  integer stride_rows, stride_columns, pad_rows, pad_columns;
+  integer row_phases, column_phases;                /* rows with these remainders are needed */
+  integer rows, columns;                            /* of one phase of a channel of the copy */
+  integer chunk, band;                              /* images and output rows done at a time */
+  integer is_linear;                                /* one pixel, and channels side by side */
+  integer scratch;                                  /* elements of a thread's memory */
+} Geometry;
+
+#ifdef __AVX512F__
+#define WIDEST 16 /* sums in registers */
+#else
+#define WIDEST 4
+#endif
+
+/* The sums of HIGH rows of WIDE vectors of outputs, over one output channel's weights. */
+#define BLOCK(HIGH, WIDE)                                                                     \
+  static void block_##HIGH##_##WIDE(const Weight *w, const Weight *end, float bias,           \
+                                    const float *in, integer scale, integer pitch,            \
+                                    float *out, integer out_pitch) {                          \
+    vector sum[HIGH][WIDE];                                                                   \
+    _Pragma("GCC unroll 16") for (int r = 0; r < HIGH; r++)                                   \
+      _Pragma("GCC unroll 16") for (int c = 0; c < WIDE; c++) sum[r][c] = bias - (vector){0}; \
+    for (; w < end; w++) {                                                                    \
+      const float value = w->value, *at = in + w->place * scale;                              \
+      _Pragma("GCC unroll 16") for (int r = 0; r < HIGH; r++)                                 \
+        _Pragma("GCC unroll 16") for (int c = 0; c < WIDE; c++)                               \
+          sum[r][c] += value * *(const vector *)(at + r * pitch + LANES * c);                 \
+    }                                                                                         \
+    _Pragma("GCC unroll 16") for (int r = 0; r < HIGH; r++)                                   \
+      _Pragma("GCC unroll 16") for (int c = 0; c < WIDE; c++)                                 \
+        *(vector *)(out + r * out_pitch + LANES * c) = sum[r][c];                             \
+  }
+BLOCK(1, 1) BLOCK(2, 1) BLOCK(4, 1) BLOCK(1, 2) BLOCK(2, 2) BLOCK(4, 2)
+BLOCK(1, 4) BLOCK(2, 4) BLOCK(4, 4) BLOCK(1, 8) BLOCK(2, 8) BLOCK(1, 16)
+typedef void Block(const Weight *, const Weight *, float, const float *, integer, integer, float *,
+                   integer);
+static Block *const blocks[5][3] = { /* by the logarithms of WIDE and HIGH */
+  {block_1_1, block_2_1, block_4_1}, {block_1_2, block_2_2, block_4_2},
+  {block_1_4, block_2_4, block_4_4}, {block_1_8, block_2_8, 0}, {block_1_16, 0, 0}};
+
+/* One output channel: any number of rows of any number of vectors. */
+static void channel(const Weight *w, const Weight *end, float bias, const float *in, integer scale,
+                    integer pitch, float *out, integer out_pitch, integer rows, integer vectors) {
+  int wide = WIDEST == 16 ? 4 : 2, high;
+  for (integer c = 0; c < vectors; c += 1 << wide) {
+    while (1 << wide > vectors - c) wide--;
+    for (integer r = 0; r < rows; r += 1 << high) {
+      for (high = 2; 1 << high > rows - r || 1 << (high + wide) > WIDEST; high--);
+      blocks[wide][high](w, end, bias, in + r * pitch + c * LANES, scale, pitch,
+                         out + r * out_pitch + c * LANES, out_pitch);
+    }
+  }
+}
+
+/* Copies a line of numbers; true where one of them is NaN or infinite. */
+static inline int load(const float *from, integer stride, integer count, float *to) {
+  int bad = 0;
+  if (stride == 1)
+    for (integer i = 0; i < count; i++) to[i] = from[i], bad |= !(from[i] - from[i] == 0);
+  else
+    for (integer i = 0; i < count; i++)
+      to[i] = from[i * stride], bad |= !(from[i * stride] - from[i * stride] == 0);
+  return bad;
+}
+
+/* Writes a line of sums, plus the residual where there is one, and then ReLU where it is wanted. */
+static inline void store(const float *sum, const float *residual, int relu, float *to,
+                         integer stride, integer count) {
+#define STORE(STRIDE)                                            \
+  for (integer i = 0; i < count; i++) {                          \
+    float x = sum[i] + (residual ? residual[i * STRIDE] : 0);    \
+    to[i * STRIDE] = relu && x < 0 ? 0 : x;                      \
+  }
+  if (stride == 1) { STORE(1) } else { STORE(stride) }
+}
+
+/* Copies what `rows` output rows from y on need of `chunk` images from n on; true where one of the
+ * numbers is NaN or infinite. */
+static int copy(const Geometry *g, const float *in, integer n, integer chunk, integer y,
+                integer rows, float *to) {
+  int bad = 0;
+  /* Images that lie side by side, pixel after pixel: a row is one line. */
+  int is_line = g->of_image == 1 && g->of_column == chunk && g->stride_columns == 1;
+  rows += g->rows - g->band;
+  for (integer c = 0; c < g->channels; c++)
+    for (integer p = 0; p < g->row_phases; p++)
+      for (integer r = 0; r < rows; r++)
+        for (integer q = 0; q < g->column_phases; q++) {
+          integer line = ((c * g->row_phases + p) * g->rows + r) * g->column_phases + q;
+          float *start = to + line * g->columns * chunk, *end = start + g->columns * chunk;
+          integer row = (y + r) * g->stride_rows + p - g->pad_rows;
+          integer column = q - g->pad_columns; /* of the input */
+          const float *from = in + n * g->of_image + c * g->of_channel + row * g->of_row;
+          for (; column < 0 && start < end; column += g->stride_columns, start += chunk)
+            memset(start, 0, (size_t)chunk * sizeof(float));
+          if (row >= 0 && row < g->height && is_line && start < end) {
+            integer count = (g->width - column) * chunk;
+            if (count > end - start) count = end - start;
+            bad |= load(from + column * chunk, 1, count, start);
+            start += count;
+          } else if (row >= 0 && row < g->height)
+            for (; column < g->width && start < end; column += g->stride_columns, start += chunk)
+              bad |= load(from + column * g->of_column, g->of_image, chunk, start);
+          memset(start, 0, (size_t)(end - start) * sizeof(float));
+        }
+  return bad;
+}
+
+#if defined(__GNUC__) && !defined(__clang__)
+typedef int32_t lanes __attribute__((vector_size(4 * LANES)));
+/* Transposes 16 x 16 numbers: halves change places, then quarters, and so on. */
+static inline void transpose_block(vector *v) {
+  const lanes index = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
+  _Pragma("GCC unroll 4") for (int s = LANES / 2; s; s /= 2) {
+    lanes low = index + (((index & s) != 0) & (LANES - s)), high = low + s;
+    _Pragma("GCC unroll 16") for (int i = 0; i < LANES; i++)
+      if (!(i & s)) {
+        vector a = v[i], b = v[i + s];
+        v[i] = __builtin_shuffle(a, b, low), v[i + s] = __builtin_shuffle(a, b, high);
+      }
+  }
+}
+#else
+static inline void transpose_block(vector *v) {
+  for (int i = 0; i < LANES; i++)
+    for (int j = 0; j < i; j++) {
+      float x = v[i][j];
+      v[i][j] = v[j][i], v[j][i] = x;
+    }
+}
+#endif
+
+/* to[c][r] = from[r][c]; true where one of the numbers is NaN or infinite. */
+static int transpose(const float *from, integer pitch, integer rows, integer columns, float *to,
+                     integer to_pitch) {
+  vector sum = {0}; /* of x - x */
+  for (integer r = 0; r < rows; r += LANES)
+    for (integer c = 0; c < columns; c += LANES) {
+      vector v[LANES] = {{0}};
+      integer high = rows - r < LANES ? rows - r : LANES;
+      integer wide = columns - c < LANES ? columns - c : LANES;
+      for (integer i = 0; i < high; i++)
+        if (wide == LANES)
+          v[i] = *(const vector *)(from + (r + i) * pitch + c);
+        else
+          memcpy(&v[i], from + (r + i) * pitch + c, (size_t)wide * sizeof(float));
+      for (integer i = 0; i < LANES; i++) sum += v[i] - v[i];
+      transpose_block(v);
+      for (integer i = 0; i < wide; i++)
+        if (high == LANES)
+          *(vector *)(to + (c + i) * to_pitch + r) = v[i];
+        else
+          memcpy(to + (c + i) * to_pitch + r, &v[i], (size_t)high * sizeof(float));
+    }
+  int bad = 0;
+  for (int i = 0; i < LANES; i++) bad |= sum[i] != 0;
+  return bad;
+}
+
+/* out = convolution of `in` + bias (+ residual, which lies as `out` does), then ReLU if wanted.
+ * Returns whether the input holds NaN or infinity: then a product with a zero that was left out
+ * would have been NaN, and the output is wrong. */
+int convolve(const Geometry *g, const Weight *weights, const integer *ends, const float *bias,
+             const float *in, const float *residual, float *out, float *memory, int relu,
+             integer parts, int threads) {
+  int bad = 0;
+  integer chunks = (g->images + g->chunk - 1) / g->chunk;
+  integer bands = (g->out_height + g->band - 1) / g->band, tasks = chunks * bands * parts;
+#pragma omp parallel for num_threads(threads) reduction(| : bad) schedule(dynamic)
+  for (integer task = 0; task < tasks; task++) {
+    integer part = task % parts, n = task / parts / bands * g->chunk;
+    integer y = task / parts % bands * g->band;
+    integer chunk = g->images - n < g->chunk ? g->images - n : g->chunk;
+    integer rows = g->out_height - y < g->band ? g->out_height - y : g->band;
+    integer vectors = (g->out_width * chunk + LANES - 1) / LANES;
+    integer pitch = g->column_phases * g->columns * chunk, out_pitch = vectors * LANES;
+    float *mine = memory, *sums;
+#ifdef _OPENMP
+    mine += omp_get_thread_num() * g->scratch;
+#endif
+    sums = mine + g->channels * g->row_phases * g->rows * pitch + WIDEST * LANES;
+    bad |= g->is_linear
+               ? transpose(in + n * g->of_image, g->of_image, chunk, g->channels, mine, chunk)
+               : copy(g, in, n, chunk, y, rows, mine);
+    integer first = g->outputs * part / parts, last = g->outputs * (part + 1) / parts;
+    for (integer o = first; o < last; o++) {
+      float *to = out + n * g->to_image + o * g->to_channel + y * g->to_row;
+      const float *added = residual ? residual + (to - out) : 0;
+      integer place = g->is_linear ? (o - first) % LANES : 0; /* several are written together */
+      channel(weights + (o ? ends[o - 1] : 0), weights + ends[o], bias ? bias[o] : 0, mine, chunk,
+              pitch, sums + place * out_pitch, out_pitch, rows, vectors);
+      if (g->is_linear) {
+        if (place == LANES - 1 || o == last - 1)
+          transpose(sums, out_pitch, place + 1, chunk, to - place, g->to_image);
+        continue;
+      }
+      for (integer r = 0; r < rows; r++, to += g->to_row, added += added ? g->to_row : 0)
+        if (g->to_image == 1 && g->to_column == chunk)
+          store(sums + r * out_pitch, added, relu, to, 1, g->out_width * chunk);
+        else
+          for (integer x = 0; x < g->out_width; x++)
+            store(sums + r * out_pitch + x * chunk, added ? added + x * g->to_column : 0, relu,
+                  to + x * g->to_column, g->to_image, chunk);
+    }
+  }
+  return bad;
+}
+
+/* A matrix for one vector at a time. Sixteen rows with about as many weights each are a slice:
+ * it holds their first weights, then their second ones, filled up with zeros. */
+typedef struct {
+  integer rows, columns, is_wide; /* whether columns take 32 bits, not 16 */
+  const integer *ends;            /* of the slices, in sixteens */
+  const float *values;
+  const void *places;   /* columns */
+  const int32_t *order; /* the row of each sum, -1 for none */
+  const float *bias;    /* or null */
+} Matrix;
+
+/* e^x for x <= 0, to 2 in the last place, in a form that compilers make vectors of. */
+static inline float exponential(float x) {
+  x = x < -87 ? -87 : x;
+  float n = rintf(x * 1.44269504f), r = x - n * 0.693359375f + n * 2.12194440e-4f;
+  union { int32_t bits; float value; } power = {((int32_t)n + 127) << 23};
+  float tail = 1.f / 6 + r * (1.f / 24 + r * (1.f / 120 + r / 720));
+  return power.value * (1 + r * (1 + r * (0.5f + r * tail)));
+}
+
+/* With erf by Abramowitz and Stegun, 7.1.26, to 1.5e-7. */
+static inline float gelu(float x) {
+  float z = fabsf(x) * 0.70710678f, t = 1 / (1 + 0.3275911f * z);
+  float sum = 1.421413741f + t * (-1.453152027f + t * 1.061405429f);
+  float tail = exponential(-z * z) * t * (0.254829592f + t * (-0.284496736f + t * sum));
+  return 0.5f * x * (x < 0 ? tail : 2 - tail);
+}
+
+enum { SET, ADD, GELU };
+
+/* out = matrix in + bias, added to what is there, or with GELU; by all threads of the team. */
+static inline void product(const Matrix *m, const float *in, float *out, int how) {
+#define SLICE(TYPE)                                                         \
+  for (integer k = s ? m->ends[s - 1] : 0; k < m->ends[s]; k++)             \
+    for (int l = 0; l < LANES; l++)                                         \
+      sum[l] += m->values[k * LANES + l] * in[((const TYPE *)m->places)[k * LANES + l]];
+#pragma omp for schedule(static, 1)
+  for (integer s = 0; s < (m->rows + LANES - 1) / LANES; s++) {
+    float sum[LANES] = {0};
+    if (m->is_wide) { SLICE(int32_t) } else { SLICE(uint16_t) }
+    const int32_t *order = m->order + s * LANES;
+    if (m->bias)
+      for (int l = 0; l < LANES; l++) sum[l] += order[l] < 0 ? 0 : m->bias[order[l]];
+    if (how == GELU)
+      for (int l = 0; l < LANES; l++) sum[l] = gelu(sum[l]);
+    for (int l = 0; l < LANES; l++)
+      if (order[l] >= 0) out[order[l]] = sum[l] + (how == ADD ? out[order[l]] : 0);
+  }
+}
+
+/* One product alone; returns whether the input holds NaN or infinity, as `convolve` does. */
+int multiply(const Matrix *m, const float *in, float *out, int threads) {
+  int bad = 0;
+  for (integer k = 0; k < m->columns; k++) bad |= !(in[k] - in[k] == 0);
+#pragma omp parallel num_threads(threads) if (threads > 1)
+  product(m, in, out, SET);
+  return bad;
+}
+
+/* models/gpt.py's network, one token at a time: in Python, everything between the products takes
+ * longer than they do. */
+typedef struct {
+  const float *scale1, *shift1, *scale2, *shift2; /* of the layer norms; a shift may be null */
+  Matrix qkv, mixed, up, down;
+} Layer;
+typedef struct {
+  integer layers, width, heads, hidden, context, vocabulary;
+  const float *tokens, *positions, *scale, *shift; /* embeddings, the last layer norm */
+  const Layer *layer;
+  float *cache; /* (layers, keys or values, heads, context, width / heads) */
+  float *memory;
+} Decoder;
+
+static void norm(const float *in, const float *scale, const float *shift, integer width,
+                 float *out) {
+  float mean = 0, variance = 0;
+#pragma omp simd reduction(+ : mean)
+  for (integer i = 0; i < width; i++) mean += in[i];
+  mean /= (float)width;
+#pragma omp simd reduction(+ : variance)
+  for (integer i = 0; i < width; i++) variance += (in[i] - mean) * (in[i] - mean);
+  float factor = 1 / sqrtf(variance / (float)width + 1e-5f);
+  for (integer i = 0; i < width; i++)
+    out[i] = (in[i] - mean) * factor * scale[i] + (shift ? shift[i] : 0);
+}
+
+static float dot(const float *a, const float *b, integer count) {
+  float sum = 0;
+#pragma omp simd reduction(+ : sum)
+  for (integer i = 0; i < count; i++) sum += a[i] * b[i];
+  return sum;
+}
+
+/* One head: the position's key and value join the cache, and what it attends to is the output. */
+static void attend(const float *qkv, integer width, integer size, float *keys, float *values,
+                   integer position, float *weights, float *out) {
+  memcpy(keys + position * size, qkv + width, (size_t)size * sizeof(float));
+  memcpy(values + position * size, qkv + 2 * width, (size_t)size * sizeof(float));
+  float scale = 1 / sqrtf((float)size), largest = -INFINITY, sum = 0;
+  for (integer t = 0; t <= position; t++) {
+    weights[t] = scale * dot(qkv, keys + t * size, size);
+    largest = weights[t] > largest ? weights[t] : largest;
+  }
+  for (integer t = 0; t <= position; t++) weights[t] = exponential(weights[t] - largest);
+  for (integer t = 0; t <= position; t++) sum += weights[t];
+  memset(out, 0, (size_t)size * sizeof(float));
+  for (integer t = 0; t <= position; t++)
+    for (integer i = 0; i < size; i++) out[i] += weights[t] / sum * values[t * size + i];
+}
+
+/* The logits of the token after the one at `position`, whose key and value join the cache. */
+void decode(const Decoder *d, integer token, integer position, float *logits, int threads) {
+  integer width = d->width, size = width / d->heads;
+  float *x = d->memory, *normed = x + width, *mixed = normed + width, *qkv = mixed + width;
+  float *hidden = qkv + 3 * width, *weights = hidden + d->hidden;
+#pragma omp parallel num_threads(threads) if (threads > 1)
+  {
+#pragma omp for
+    for (integer i = 0; i < width; i++)
+      x[i] = d->tokens[token * width + i] + d->positions[position * width + i];
+    for (integer n = 0; n < d->layers; n++) {
+      const Layer *layer = d->layer + n;
+#pragma omp single
+      norm(x, layer->scale1, layer->shift1, width, normed);
+      product(&layer->qkv, normed, qkv, SET);
+#pragma omp for
+      for (integer h = 0; h < d->heads; h++) {
+        float *keys = d->cache + (2 * n * d->heads + h) * d->context * size;
+        attend(qkv + h * size, width, size, keys, keys + d->heads * d->context * size, position,
+               weights + h * d->context, mixed + h * size);
+      }
+      product(&layer->mixed, mixed, x, ADD);
+#pragma omp single
+      norm(x, layer->scale2, layer->shift2, width, normed);
+      product(&layer->up, normed, hidden, GELU);
+      product(&layer->down, hidden, x, ADD);
+    }
+#pragma omp single
+    norm(x, d->scale, d->shift, width, normed);
+#pragma omp for
+    for (integer i = 0; i < d->vocabulary; i++)
+      logits[i] = dot(normed, d->tokens + i * width, width);
+  }
+}

@@ -1,0 +1,103 @@
+"""What zeros are worth at inference: characters and images a second against sparsity."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator, NullFormatter, ScalarFormatter
+
+from pnorm_decay.figures.style import WIDTH, finish, nines_axis, styled
+from pnorm_decay.records import RecordError
+
+TYPES: dict[str, Any] = {
+    "case": str,
+    "threads": int,
+    "network": str,
+    "form": str,
+    "sparsity": float,
+    "per_second": float,
+    "ratio": float,
+    "multiply_adds_left": float,
+    "machine": str,
+}
+RANDOM = "random zeros"
+_COLORS = ("#0a1f5c", "#1f6fb8", "#b5651d", "#d62728", "#4d4d4d")
+
+
+def read(path: Path) -> pd.DataFrame:
+    """Reads what ``scripts/bench_inference.py`` wrote.
+
+    Raises:
+        RecordError: the file cannot be read, lacks a column, or is empty.
+    """
+    try:
+        rows = pd.read_csv(path)
+    except (OSError, pd.errors.ParserError, pd.errors.EmptyDataError) as error:
+        raise RecordError(f"cannot read {path}: {error}") from None
+    missing = [name for name in TYPES if name not in rows.columns]
+    if missing:
+        raise RecordError(f"{path} lacks the column {', '.join(missing)}")
+    if rows.empty:
+        raise RecordError(f"{path} holds no measurements")
+    try:
+        return rows.astype(TYPES)
+    except (TypeError, ValueError) as error:
+        raise RecordError(f"{path} has a value of the wrong type: {error}") from None
+
+
+@styled
+def inference_figure(rows: pd.DataFrame) -> Figure:
+    """Draws speed against sparsity, with the fewest threads that were measured.
+
+    Left: characters or images a second of each case. Right: how many times that is the speed of
+    the fastest dense form, dashed at 1. Lines are random zeros, crosses trained networks.
+
+    Args:
+        rows: the columns of ``TYPES``, one row a case, number of threads, network and form.
+    """
+    rows = rows[rows["threads"] == rows["threads"].min()]
+    sparse = rows[rows["form"] == "sparse"]
+    fig = Figure(figsize=(WIDTH, 2.9))
+    axes = fig.subplots(1, 2)
+    for ax, column in zip(axes, ("per_second", "ratio"), strict=True):
+        _draw(ax, sparse, column)
+    for case, color in _colors(sparse).items():
+        dense = rows[(rows["case"] == case) & (rows["network"] == RANDOM) & (rows["sparsity"] == 0)]
+        if len(dense):
+            axes[0].axhline(dense["per_second"].max(), color=color, linestyle=":", linewidth=0.9)
+    axes[0].set_ylabel("images or characters a second")
+    axes[1].axhline(1, color="#bbbbbb", linestyle="--", linewidth=0.8, zorder=1)
+    axes[1].set_ylabel("times the fastest dense form")
+    fig.legend(handles=axes[0].get_legend_handles_labels()[0], loc="outside upper center", ncols=5)
+    threads = int(rows["threads"].iloc[0])
+    finish(
+        fig,
+        f"{threads} thread{'s' * (threads > 1)} of {rows['machine'].iloc[0]}. Lines: random zeros; "
+        "crosses: trained networks; dotted: the fastest of torch's dense forms (fp32, bf16, "
+        "channels_last, torch.compile). Text by nanoGPT, images of 32 x 32 pixels by ResNet18.",
+    )
+    return fig
+
+
+def _colors(rows: pd.DataFrame) -> dict[str, str]:
+    return dict(zip(dict.fromkeys(rows["case"]), _COLORS, strict=False))
+
+
+def _draw(ax: Axes, sparse: pd.DataFrame, column: str) -> None:
+    nines_axis(ax, "x", highest=sparse["sparsity"].max())
+    ax.set_yscale("log")
+    ax.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    ax.yaxis.set_major_formatter(ScalarFormatter())
+    ax.yaxis.set_minor_formatter(NullFormatter())
+    for case, color in _colors(sparse).items():
+        of_case = sparse[sparse["case"] == case]
+        line = of_case[of_case["network"] == RANDOM].sort_values("sparsity")
+        ax.plot(line["sparsity"], line[column], "o-", color=color, markersize=3.5, label=case)
+        trained = of_case[of_case["network"] != RANDOM]
+        ax.plot(trained["sparsity"], trained[column], "x", color=color, markersize=4)
+    ax.grid(True)
+    ax.set_xlabel("sparsity")
