@@ -8,7 +8,7 @@ SCALE ?= demo
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help setup lock data sweep figures explorer verify reproduce-figures bench bench-optimizer bench-training bench-sweep dashboard sync soak test test-ray notebooks lint clean
+.PHONY: help setup lock data sweep figures explorer verify reproduce-figures bench bench-optimizer bench-training bench-sweep dashboard sync soak test test-ray notebooks run-notebooks docs lint clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-18s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -26,7 +26,7 @@ $(READY): requirements.lock pyproject.toml
 
 lock: $(READY) ## pin again what pyproject.toml asks for, into requirements.lock
 	$(BIN)/uv pip compile --quiet --universal --python-version 3.11 --no-emit-index-url --no-header \
-		--upgrade --extra experiments --extra dev pyproject.toml -o requirements.lock
+		--upgrade --extra experiments --extra dev --extra docs pyproject.toml -o requirements.lock
 
 data: $(READY) ## fetch CIFAR-10 and Tiny Shakespeare into data/
 	$(BIN)/python scripts/download_data.py
@@ -82,10 +82,17 @@ notebooks: $(READY) ## open the notebooks in JupyterLab, which .venv then holds 
 	VIRTUAL_ENV=.venv $(BIN)/uv pip install --quiet jupyterlab
 	$(BIN)/jupyter lab notebooks
 
+run-notebooks: $(READY) ## run the notebooks and keep their outputs in the files
+	cd notebooks && ../$(BIN)/jupyter execute --inplace --NotebookClient.record_timing=False *.ipynb
+
+docs: $(READY) ## build the site into docs/_build/html, and run its code; NOTEBOOKS=off: not the notebooks
+	$(BIN)/python -m pytest -q tests/test_docs.py
+	$(BIN)/sphinx-build -q -W --keep-going -d docs/_build/doctrees docs docs/_build/html
+	@echo "The site is in docs/_build/html/index.html"
+
 lint: $(READY) ## check style and types
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/nbstripout --verify notebooks/*.ipynb
 	$(BIN)/mypy
 
 clean: ## remove .venv and caches; runs/, data/ and results/ stay
