@@ -99,6 +99,7 @@ def make_sgd(params: Any) -> torch.optim.Optimizer:
 @pytest.mark.parametrize("make", [make_adam, make_sgd, attach])
 def test_biases_that_decay_unasked_are_named_once(make: Any) -> None:
     optimizer = make(with_norm().named_parameters())
+    optimizer.load_state_dict(optimizer.state_dict())  # as accelerate does before the first step
     message = r"biases and norms, too: 0\.bias, 1\.weight, 1\.bias and 1 more\. .*param_groups"
     with pytest.warns(UserWarning, match=message) as caught:
         optimizer.step()

@@ -98,7 +98,8 @@ class PNormDecayOptimizer(Optimizer):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
-        self._checked_for_zeros, self._unasked = set(), set()
+        self._checked_for_zeros = set()
+        self._unasked = getattr(self, "_unasked", set())  # loading a state comes here, too
         self._key = op.register(self)
         self.params_of_all_groups = [
             param for group in self.param_groups for param in group["params"]
