@@ -83,7 +83,7 @@ notebooks: $(READY) ## open the notebooks in JupyterLab, which .venv then holds 
 	$(BIN)/jupyter lab notebooks
 
 run-notebooks: $(READY) ## run the notebooks and keep their outputs in the files
-	cd notebooks && ../$(BIN)/jupyter execute --inplace --NotebookClient.record_timing=False *.ipynb
+	$(BIN)/python scripts/run_notebooks.py
 
 docs: $(READY) ## build the site into docs/_build/html, and run its code; NOTEBOOKS=off: not the notebooks
 	$(BIN)/python -m pytest -q tests/test_docs.py
