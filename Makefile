@@ -5,6 +5,7 @@ READY := .venv/.ready
 UV_VERSION := 0.13.9
 
 SCALE ?= demo
+NOTEBOOKS ?= cache
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
@@ -85,9 +86,9 @@ notebooks: $(READY) ## open the notebooks in JupyterLab, which .venv then holds 
 run-notebooks: $(READY) ## run the notebooks and keep their outputs in the files
 	$(BIN)/python scripts/run_notebooks.py
 
-docs: $(READY) ## build the site into docs/_build/html, and run its code; NOTEBOOKS=off: not the notebooks
+docs: $(READY) ## build the site into docs/_build/html after running its code (NOTEBOOKS=off: not theirs)
 	$(BIN)/python -m pytest -q tests/test_docs.py
-	$(BIN)/sphinx-build -q -W --keep-going -d docs/_build/doctrees docs docs/_build/html
+	NOTEBOOKS=$(NOTEBOOKS) $(BIN)/sphinx-build -q -W --keep-going -d docs/_build/doctrees docs docs/_build/html
 	@echo "The site is in docs/_build/html/index.html"
 
 lint: $(READY) ## check style and types

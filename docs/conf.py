@@ -50,6 +50,7 @@ myst_heading_anchors = 3
 myst_links_external_new_tab = True
 nb_execution_mode = os.environ.get("NOTEBOOKS", "cache")  # off: what the files hold
 nb_execution_timeout = 600
+nb_merge_streams = True
 nb_execution_raise_on_error = True
 nb_ipywidgets_js: dict[str, dict[str, str]] = {}  # it would come from the network
 
@@ -93,7 +94,8 @@ def check_reference(app: Sphinx, env: Any) -> None:
 
 def copy_notebooks(app: Sphinx, config: Any) -> None:
     """Brings the notebooks into this folder, without which Sphinx does not find them."""
-    shutil.copytree(app.srcdir.parent / "notebooks", app.srcdir / "notebooks", dirs_exist_ok=True)
+    shutil.rmtree(app.srcdir / "notebooks", ignore_errors=True)
+    shutil.copytree(app.srcdir.parent / "notebooks", app.srcdir / "notebooks")
 
 
 def adapt_links(app: Sphinx, docname: str, source: list[str]) -> None:

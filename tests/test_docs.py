@@ -17,7 +17,6 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from conftest import REPOSITORY
 from pnorm_decay import sparsity
-from pnorm_decay.training import settings  # noqa: F401  registers what the configs resolve
 
 DOCS = REPOSITORY / "docs"
 READ = [REPOSITORY / name for name in ("README.md", "CONTRIBUTING.md")]
