@@ -5,12 +5,13 @@ READY := .venv/.ready
 UV_VERSION := 0.13.9
 
 SCALE ?= demo
+NOTEBOOKS ?= cache
 # A demo sweep is done again on every machine, whole, and its rows are that machine's own.
 COLLECT := $(if $(filter demo,$(SCALE)),--anew)
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help setup lock data sweep figures explorer verify reproduce-figures bench bench-optimizer bench-training bench-sweep bench-files bench-compact bench-inference dashboard sync soak test test-ray notebooks lint clean
+.PHONY: help setup lock data sweep figures explorer verify reproduce-figures bench bench-optimizer bench-training bench-sweep bench-files bench-compact bench-inference dashboard sync soak test test-ray notebooks run-notebooks docs lint clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-18s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -28,7 +29,7 @@ $(READY): requirements.lock pyproject.toml
 
 lock: $(READY) ## pin again what pyproject.toml asks for, into requirements.lock
 	$(BIN)/uv pip compile --quiet --universal --python-version 3.11 --no-emit-index-url --no-header \
-		--upgrade --extra experiments --extra dev pyproject.toml -o requirements.lock
+		--upgrade --extra experiments --extra dev --extra docs pyproject.toml -o requirements.lock
 
 data: $(READY) ## fetch CIFAR-10 and Tiny Shakespeare into data/
 	$(BIN)/python scripts/download_data.py
@@ -94,10 +95,17 @@ notebooks: $(READY) ## open the notebooks in JupyterLab, which .venv then holds 
 	VIRTUAL_ENV=.venv $(BIN)/uv pip install --quiet jupyterlab
 	$(BIN)/jupyter lab notebooks
 
+run-notebooks: $(READY) ## run the notebooks and keep their outputs in the files
+	$(BIN)/python scripts/run_notebooks.py
+
+docs: $(READY) ## build the site into docs/_build/html after running its code (NOTEBOOKS=off: not theirs)
+	$(BIN)/python -m pytest -q tests/test_docs.py
+	NOTEBOOKS=$(NOTEBOOKS) $(BIN)/sphinx-build -q -W --keep-going -d docs/_build/doctrees docs docs/_build/html
+	@echo "The site is in docs/_build/html/index.html"
+
 lint: $(READY) ## check style and types
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/nbstripout --verify notebooks/*.ipynb
 	$(BIN)/mypy
 
 clean: ## remove .venv and caches; runs/, data/ and results/ stay

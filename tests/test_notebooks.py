@@ -1,4 +1,4 @@
-"""The notebooks run from top to bottom; that they are kept without output is `make lint`'s."""
+"""The notebooks run from top to bottom, and hold what comes out (`make run-notebooks`)."""
 
 from __future__ import annotations
 
@@ -47,8 +47,29 @@ def test_it_runs_and_draws(path):
     interactive = [output for state in states for output in state.get("outputs", [])]
     assert not [output for output in plain + interactive if output["output_type"] == "error"]
     assert len(pictures(plain)) >= 2
+    kept = nbformat.read(path, as_version=4)
+    for cell, before in zip(notebook.cells, kept.cells, strict=True):
+        assert "remove-output" in cell.metadata.get("tags", []) or kinds(cell) == kinds(before)
     if path.stem == "1_why_it_works":  # Figure 1 follows sliders
         assert len(pictures(interactive)) == 1
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+def test_it_is_kept_as_it_ran_and_small(path):
+    notebook = nbformat.read(path, as_version=4)
+    cells = [cell for cell in notebook.cells if cell.cell_type == "code"]
+    assert [cell.execution_count for cell in cells] == list(range(1, len(cells) + 1))
+    assert "error" not in {kind for cell in cells for kind, *_ in kinds(cell)}
+    assert path.stat().st_size < 300_000
+    assert str(REPOSITORY) not in path.read_text()
+
+
+def kinds(cell):
+    """What a cell put out, without its values."""
+    return {
+        (output["output_type"], *sorted(output.get("data", {})))
+        for output in cell.get("outputs", [])
+    }
 
 
 def pictures(outputs):

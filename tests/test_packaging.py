@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import importlib
+import importlib.metadata
 import re
 import tomllib
+from itertools import chain
 
 import pytest
 import yaml
 from packaging.requirements import Requirement
 from packaging.specifiers import SpecifierSet
 
+import pnorm_decay
 from conftest import REPOSITORY
 
 PROJECT = tomllib.loads((REPOSITORY / "pyproject.toml").read_text())["project"]
@@ -37,7 +40,8 @@ def test_conda_users_get_the_same_environment():
 
 def test_the_lock_satisfies_every_requirement():
     extras = PROJECT["optional-dependencies"]
-    wanted = [*PROJECT["dependencies"], *extras["experiments"], *extras["dev"]]
+    parts = (extras[part] for part in ("experiments", "dev", "docs"))
+    wanted = [*PROJECT["dependencies"], *chain.from_iterable(parts)]
     pins = locked()
     for requirement in map(Requirement, wanted):
         versions = pins[requirement.name.lower()]
@@ -51,6 +55,13 @@ def test_the_lock_pins_the_pair_that_results_were_made_with():
     assert "index" not in LOCK
 
 
+def test_the_version_is_written_once():
+    assert "version" in PROJECT["dynamic"]
+    assert importlib.metadata.version("pnorm-decay") == pnorm_decay.__version__
+    citation = yaml.safe_load((REPOSITORY / "CITATION.cff").read_text())
+    assert citation["version"] == pnorm_decay.__version__
+
+
 def test_the_folder_pwd_is_no_package():
     assert not (REPOSITORY / "pwd" / "__init__.py").exists()
     standard = importlib.import_module("pwd")
@@ -62,6 +73,8 @@ def test_the_optimizer_needs_torch_alone():
     assert [Requirement(line).name for line in PROJECT["dependencies"]] == ["torch"]
 
 
-@pytest.mark.parametrize("target", ["setup", "data", "reproduce-figures", "dashboard", "test"])
+@pytest.mark.parametrize(
+    "target", ["setup", "data", "reproduce-figures", "dashboard", "docs", "test"]
+)
 def test_make_help_names_every_target(target):
     assert re.search(rf"^{target}:.*## \w", (REPOSITORY / "Makefile").read_text(), re.MULTILINE)

@@ -10,7 +10,7 @@ import pytest
 from conftest import REPOSITORY
 from pnorm_decay.figures.loading import average_seeds, load
 
-REPORT = (REPOSITORY / "results" / "README.md").read_text()
+REPORT = (REPOSITORY / "docs" / "report.md").read_text()
 RECORDED = sorted((REPOSITORY / "results" / "cpu").glob("*.csv"))
 ROW = re.compile(r"^\|.*\| (?P<sparsity>[01][\d.]*) \| (?P<accuracy>\d\d\.\d\d( ± \d\.\d\d)?) \|$")
 

@@ -1,11 +1,13 @@
 """What counts as zero, of which tensors."""
 
+import importlib
 import math
 
 import pytest
 import torch
 from torch import nn
 
+import pnorm_decay
 from pnorm_decay import sparsity
 from pnorm_decay.sparsity import layer_sparsity, structured_share, zero_fraction, zeroed
 
@@ -84,3 +86,13 @@ def test_zeroed_restores_the_weights(model: nn.Module, fails: bool) -> None:
         assert fails
     for name, value in model.state_dict().items():
         assert torch.equal(value, before[name])
+
+
+def test_the_module_and_the_function_of_its_name_do_not_hide_each_other(model: nn.Module) -> None:
+    import pnorm_decay.sparsity as imported
+
+    module = importlib.import_module("pnorm_decay.sparsity")
+    assert pnorm_decay.sparsity is sparsity is module.sparsity
+    for name in module.__all__:
+        assert getattr(imported, name) is getattr(module, name)
+    assert pnorm_decay.sparsity.layer_sparsity(model) == layer_sparsity(model)

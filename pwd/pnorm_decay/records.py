@@ -18,18 +18,29 @@ import pandas as pd
 
 from pnorm_decay.files import write_text
 
+__all__ = [
+    "COLUMNS",
+    "RecordError",
+    "read",
+    "read_result",
+    "recorded_runs",
+    "write",
+    "write_failure",
+    "write_result",
+]
+
 RESULT_FILE = "result.json"
 MODEL_FILE = "model.pt"
 FAILURE_FILE = "failure.json"
 
-# Column -> pandas dtype, in the order of the CSV. Accuracies are in percent, sparsity and
-# zero_fraction fractions in [0, 1], losses in nats, seconds of wall-clock time; device with the
-# precision. status: "finished"; "diverged" or "failed", without metrics and with a reason.
-# target_sparsity: what a pruning method or TargetSparsity was asked for (OTO: of the channels).
-# val_precision: of the last evaluation; val_accuracy_recalibrated: with batch-norm statistics
-# estimated anew on 50 training batches, empty without batch norms and in older rows.
-# overrides: what sets a run apart from its experiment's file beside the other columns, for instance
-# "model.n_embd=48"; empty for a run of the experiment as it stands, and in older rows.
+#: Column -> pandas dtype, in the order of the CSV. Accuracies are in percent, sparsity and
+#: zero_fraction fractions in [0, 1], losses in nats, seconds of wall-clock time; device with the
+#: precision. status: "finished"; "diverged" or "failed", without metrics and with a reason.
+#: target_sparsity: what a pruning method or TargetSparsity was asked for (OTO: of the channels).
+#: val_precision: of the last evaluation; val_accuracy_recalibrated: with batch-norm statistics
+#: estimated anew on 50 training batches, empty without batch norms and in older rows.
+#: overrides: what sets a run apart from its experiment's file beside the other columns, for instance
+#: "model.n_embd=48"; empty for a run of the experiment as it stands, and in older rows.
 COLUMNS = {
     "run_id": "string",
     "method": "string",

@@ -103,6 +103,12 @@ def zeroed(model: nn.Module, threshold: float = 1e-13) -> Iterator[nn.Module]:
                 tensor[small] = values
 
 
+# The package's function of this name hides the module from `import pnorm_decay.sparsity`. It
+# carries what else is here, so that `pnorm_decay.sparsity.zeroed` is found after either import.
+for _name in __all__:
+    setattr(sparsity, _name, globals()[_name])
+
+
 def _decayed(model_or_parameters: nn.Module | Iterable[Tensor]) -> list[Tensor]:
     if isinstance(model_or_parameters, nn.Module):
         tensors = [tensor.detach() for _, tensor in split_decayed(model_or_parameters)[0]]

@@ -1,4 +1,4 @@
-"""Zero tensors under p < 2: the warning, and leaving them out."""
+"""The warnings: zero tensors under p < 2, biases and norms that decay unasked."""
 
 import warnings
 from typing import Any
@@ -78,3 +78,71 @@ def test_zero_tensors_can_be_excluded(p: float, excluded: bool) -> None:
         warnings.simplefilter("error")
         AdamPWD(groups).step()
     assert model["b"].weight.any()
+
+
+def with_norm() -> nn.Module:
+    model = nn.Sequential(nn.Linear(3, 2), nn.LayerNorm(2), nn.Linear(2, 2))
+    for parameter in model.parameters():
+        nn.init.ones_(parameter)
+        parameter.grad = torch.ones_like(parameter)
+    return model
+
+
+def make_adam(params: Any) -> torch.optim.Optimizer:
+    return AdamPWD(params, p=0.5, lambda_p=0.1)
+
+
+def make_sgd(params: Any) -> torch.optim.Optimizer:
+    return SGDPWD(params, p=0.5, lambda_p=0.1)
+
+
+@pytest.mark.parametrize("make", [make_adam, make_sgd, attach])
+def test_biases_that_decay_unasked_are_named_once(make: Any) -> None:
+    optimizer = make(with_norm().named_parameters())
+    optimizer.load_state_dict(optimizer.state_dict())  # as accelerate does before the first step
+    message = r"biases and norms, too: 0\.bias, 1\.weight, 1\.bias and 1 more\. .*param_groups"
+    with pytest.warns(UserWarning, match=message) as caught:
+        optimizer.step()
+    assert len(caught) == 1
+    assert caught[0].filename == __file__
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        optimizer.step()
+
+
+def test_biases_in_a_group_of_their_own_without_a_strength_are_named() -> None:
+    """As the Hugging Face Trainer groups them: by `weight_decay` alone."""
+    parameters = dict(with_norm().named_parameters())
+    vectors = [parameters[name] for name in ("0.bias", "1.weight")]
+    matrices = [parameters[name] for name in ("0.weight", "2.weight")]
+    groups = [{"params": vectors, "weight_decay": 0.0}, {"params": matrices, "weight_decay": 0.1}]
+    with pytest.warns(UserWarning, match=r"too: number 0 \(shape \(2,\)\), number 1"):
+        make_adam(groups).step()
+    optimizer = make_adam(matrices)
+    optimizer.step()
+    optimizer.add_param_group({"params": vectors})
+    with pytest.warns(UserWarning, match="biases and norms"):
+        optimizer.step()
+
+
+@pytest.mark.parametrize("make", [make_adam, make_sgd, attach])
+def test_what_is_meant_to_decay_does_so_without_a_word(make: Any) -> None:
+    model = with_norm()
+    vectors = [parameter for parameter in model.parameters() if parameter.ndim < 2]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        make(param_groups(model, p=0.5, lambda_p=0.1)).step()
+        make([{"params": model.parameters(), "p": 0.5, "lambda_p": 0.1}]).step()
+        make(vectors).step()
+        make([{"params": model.parameters(), "lambda_p": 0.0}]).step()
+
+
+def test_the_warning_waits_for_the_end_of_a_warm_up() -> None:
+    optimizer = make_adam(with_norm().parameters())
+    optimizer.param_groups[0]["lambda_p"] = 0.0
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        optimizer.step()
+    optimizer.param_groups[0]["lambda_p"] = 0.1
+    with pytest.warns(UserWarning, match="biases and norms"):
+        optimizer.step()

@@ -10,7 +10,7 @@ from pnorm_decay.optim.rules import AdamRule
 class AdamPWD(PNormDecayOptimizer):
     r"""Adam with p-norm weight decay: AdamW's drop-in replacement that makes networks sparse.
 
-    One step, with `alpha` the group's present `lr` and the w on the right the weight before it:
+    One step, with `alpha` the group's present `lr` and the w on the right the weight before it::
 
         m <- beta1 m + (1 - beta1) grad,   v <- beta2 v + (1 - beta2) grad^2
         u  = m_hat / (sqrt(v_hat) + eps),  m_hat and v_hat corrected for their bias as in Adam
@@ -21,19 +21,24 @@ class AdamPWD(PNormDecayOptimizer):
     and, for `p < 2`, final: a weight at 0 stays there. `lambda_p = 0` without `weight_decay` is
     `torch.optim.Adam` to the bit; `p = 2` is decoupled L2 decay.
 
+    **Choosing lr.** Sparse training wants a larger learning rate than dense training: start at one
+    to three times AdamW's best.
+
     **Choosing p.** Below 1, weights under `(lambda_p / |u|)^(1 / (1-p))` fall to 0 and the others
     are hardly touched: sparse networks; start at 0.8. At 1 every weight is pulled alike. Between
     1 and 2 weights become small, not zero. Above 2 only large weights are held.
 
-    **Choosing lambda_p.** `TargetSparsity` does it, for a sparsity that you want. Else sweep it by
-    factors of 3 around 1e-3 at `lr = 1e-3`; what counts is its ratio to u, which is of order 1. At
-    `p = 2` it is AdamW's `weight_decay` to first order in `alpha` (AdamW multiplies by
-    `1 - alpha weight_decay`); at another p a weight of size |w| decays like under AdamW's
-    `weight_decay = lambda_p |w|^(p-2)`, so that a typical |w| of 0.02 at `p = 0.8` makes
-    `lambda_p = 1e-3` act like 0.11. The authors' public code leaves the `1/p` out of the penalty:
+    **Choosing lambda_p.** `TargetSparsity` does it, for a sparsity that you want. Else start at
+    1e-2 with `lr = 1e-2`, and change it by factors of 3; what counts is lambda_p times the sum of
+    the learning rates. At `p = 2` it is AdamW's `weight_decay` to first order in `alpha` (AdamW
+    multiplies by `1 - alpha weight_decay`); at another p a weight w decays like under AdamW's
+    `weight_decay = lambda_p |w|^(p-2)`, so that a weight of 0.02 at `p = 0.8` makes
+    `lambda_p = 1e-2` act like 1.1. The authors' public code leaves the `1/p` out of the penalty:
     its lambda times p is `lambda_p`.
 
-    Decay matrices and convolutions only (`param_groups`), as the paper does.
+    Decay matrices and convolutions only (`param_groups`), as the paper does. All that is passed
+    without groups decays, as in torch; where biases and norms do so beside matrices, a warning says
+    it at the first step.
 
     Args:
         params: parameters, or groups of them; every option below but `differentiable` can be
@@ -57,7 +62,7 @@ class AdamPWD(PNormDecayOptimizer):
         reweight_every: s is refreshed at the first step and every so many steps after it
             (Figure 1, dashed); 1 refreshes it at every step.
         auxiliary_beta: in [0, 1). At a refresh, `q <- auxiliary_beta q + (1 - auxiliary_beta) /
-            (1 + |w|^(p-2))`, and the step uses `s = (1 - q) / q`: s follows |w|^(p-2) with a
+            (1 + |w|^(p-2))`, and the step uses `s = (1 - q) / q`: s follows `|w|^(p-2)` with a
             delay. The state is q because it stays in [0, 1] for every p; its first value is the
             one without delay. 0 is no delay.
         maximize: whether to maximise the loss.
@@ -90,7 +95,7 @@ class AdamPWD(PNormDecayOptimizer):
 
     Example:
         >>> model = torch.nn.Linear(4, 2)
-        >>> optimizer = AdamPWD(param_groups(model, p=0.8, lambda_p=1e-3), lr=1e-3)
+        >>> optimizer = AdamPWD(param_groups(model, p=0.8, lambda_p=1e-2), lr=1e-2)
     """
 
     rule = AdamRule()

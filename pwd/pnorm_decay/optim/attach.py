@@ -8,7 +8,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from pnorm_decay.optim.base import PNormDecayOptimizer
-from pnorm_decay.optim.guards import refuse_complex, warn_of_stuck
+from pnorm_decay.optim.guards import refuse_complex, vectors, warn_of_stuck, warn_of_vectors
 from pnorm_decay.optim.layout import flush_subnormal, local_part, widened
 from pnorm_decay.optim.options import Group, check
 from pnorm_decay.optim.shrink import Exact, Reweighted, Shrink
@@ -27,6 +27,7 @@ class PNormDecay:
         self._optimizer, self._options = optimizer, options
         self._moving: list[tuple[Tensor, Shrink, Tensor]] = []
         self._checked_for_zeros: set[int] = set()
+        self._unasked: set[int] = set()  # see warn_of_vectors
         for group in optimizer.param_groups:
             self._check(self._complete(group))
         self._hooks = [
@@ -43,6 +44,8 @@ class PNormDecay:
 
     def _complete(self, group: Group) -> Group:
         """The group with all options: its own, or those given to `attach_pnorm_decay`."""
+        if "lambda_p" not in group:
+            self._unasked |= vectors(group["params"])
         for option, value in self._options.items():
             group.setdefault(option, value)
         return group
@@ -59,6 +62,8 @@ class PNormDecay:
             if not params or not (group["lambda_p"] or group["hold_zeros"]):
                 continue
             refuse_complex(params, type(optimizer).__name__)
+            owner = "attach_pnorm_decay"
+            warn_of_vectors(optimizer.param_groups, self._unasked, owner, stacklevel=5)
             warn_of_stuck(params, group, self._checked_for_zeros, stacklevel=5)
             kind = Exact if group["exact"] else Reweighted
             common = (group["p"], group["lr"], group["lambda_p"])

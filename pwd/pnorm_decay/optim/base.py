@@ -15,7 +15,9 @@ from pnorm_decay.optim.guards import (
     refuse_capture,
     refuse_complex,
     refuse_misfits,
+    vectors,
     warn_of_stuck,
+    warn_of_vectors,
 )
 from pnorm_decay.optim.layout import Slot, check_shapes, local_part, suits_fused
 from pnorm_decay.optim.options import Group, check, decays
@@ -32,6 +34,7 @@ class PNormDecayOptimizer(Optimizer):
 
     def __init__(self, params: ParamsT, defaults: Group) -> None:
         self._checked_for_zeros: set[int] = set()  # ids of the parameters that have been looked at
+        self._unasked: set[int] = set()  # see warn_of_vectors
         self._key = op.register(self)
         # A compiled step must not look into the groups, whose options may change.
         self.params_of_all_groups: list[Tensor] = []
@@ -55,12 +58,14 @@ class PNormDecayOptimizer(Optimizer):
                 if not group["exact"] or name != "p":
                     group[name] = group[name].item()
         self._check(group)
+        is_asked = "lambda_p" in param_group  # before torch adds the other options to it
         super().add_param_group(param_group)
         params = self.param_groups[-1]["params"]
         if len(set(params)) < len(params):
             self.param_groups.pop()
             raise ValueError("A parameter is twice in one parameter group")
         self.params_of_all_groups += params
+        self._unasked |= set() if is_asked else vectors(params)
 
     def _check(self, group: Group) -> None:
         check(group, f"{type(self).__name__} or its group")
@@ -94,6 +99,7 @@ class PNormDecayOptimizer(Optimizer):
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
         self._checked_for_zeros = set()
+        self._unasked = getattr(self, "_unasked", set())  # loading a state comes here, too
         self._key = op.register(self)
         self.params_of_all_groups = [
             param for group in self.param_groups for param in group["params"]
@@ -160,6 +166,7 @@ class PNormDecayOptimizer(Optimizer):
 
     def _decayed_step(self, params: list[Tensor], group: Group) -> None:
         refuse_complex(params, type(self).__name__)
+        warn_of_vectors(self.param_groups, self._unasked, type(self).__name__, stacklevel=6)
         warn_of_stuck(params, group, self._checked_for_zeros, stacklevel=6)
         alpha = group["lr"]
         if isinstance(alpha, Tensor) and not keeps_tensors(group):

@@ -1,4 +1,4 @@
-"""What a step cannot do: refusals and a warning."""
+"""What a step cannot do, or does to the user's surprise: refusals and warnings."""
 
 import warnings
 from collections.abc import Mapping
@@ -11,7 +11,14 @@ from torch import Tensor
 from pnorm_decay.optim.layout import PLAIN, names_of, whole
 from pnorm_decay.optim.options import Group
 
-__all__ = ["refuse_capture", "refuse_complex", "refuse_misfits", "warn_of_stuck"]
+__all__ = [
+    "refuse_capture",
+    "refuse_complex",
+    "refuse_misfits",
+    "vectors",
+    "warn_of_stuck",
+    "warn_of_vectors",
+]
 
 
 def refuse_complex(params: list[Tensor], owner: str) -> None:
@@ -90,3 +97,40 @@ def warn_of_stuck(
             'param_groups(..., zero_init="exclude").',
             stacklevel=stacklevel,
         )
+
+
+def warn_of_vectors(groups: list[Group], unasked: set[int], owner: str, *, stacklevel: int) -> None:
+    """Warns where a strength given for a whole model decays its biases and norms beside matrices.
+
+    Args:
+        groups: the optimizer's.
+        unasked: the ids of parameters of fewer than two dimensions whose group did not bring a
+            lambda_p of its own; emptied by the warning.
+        owner: what decays them, for the message.
+        stacklevel: of the warning, which names the line that takes the step.
+    """
+    if not unasked:
+        return
+    # A tensor is not looked at: a captured step cannot wait for it.
+    decaying = [g for g in groups if isinstance(g["lambda_p"], Tensor) or g["lambda_p"]]
+    names = [
+        name
+        for group in decaying
+        for param, name in zip(group["params"], names_of(group), strict=True)
+        if id(param) in unasked
+    ]
+    if not names or all(param.ndim < 2 for group in decaying for param in group["params"]):
+        return
+    unasked.clear()
+    more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+    warnings.warn(
+        f"{owner} decays biases and norms, too: {', '.join(names[:3])}{more}. To decay matrices "
+        "and convolutions alone, pass param_groups(model, p=..., lambda_p=...) instead of the "
+        "model's parameters; to decay all of them, give each group a lambda_p of its own.",
+        stacklevel=stacklevel,
+    )
+
+
+def vectors(params: list[Tensor]) -> set[int]:
+    """The ids of the parameters of fewer than two dimensions: biases, the scales of norms."""
+    return {id(param) for param in params if param.ndim < 2}

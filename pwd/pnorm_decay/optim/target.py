@@ -38,7 +38,7 @@ class TargetSparsity:
     From `begin` to `end` (fractions of the run, x between them) the wanted sparsity rises by
     `S(x) = sparsity (1 - (1 - x)^3)` (Zhu and Gupta, "To Prune, or Not to Prune", 2017). Every
     `interval` steps the zeros of the decaying groups are counted, and the size Q of the weight is
-    looked up below which the share S(x + 0.1) of them lies: the next to fall. Then
+    looked up below which the share S(x + 0.1) of them lies: the next to fall. Then::
 
         lambda_p = c (Q / m)^(1/2) exp(2 e + sum e)
 
