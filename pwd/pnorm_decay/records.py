@@ -39,7 +39,7 @@ FAILURE_FILE = "failure.json"
 #: target_sparsity: what a pruning method or TargetSparsity was asked for (OTO: of the channels).
 #: val_precision: of the last evaluation; val_accuracy_recalibrated: with batch-norm statistics
 #: estimated anew on 50 training batches, empty without batch norms and in older rows.
-#: overrides: what sets a run apart from its experiment's file beside the other columns, for instance
+#: overrides: what sets a run apart from its experiment's file beside the other columns, such as
 #: "model.n_embd=48"; empty for a run of the experiment as it stands, and in older rows.
 COLUMNS = {
     "run_id": "string",
