@@ -163,7 +163,7 @@ def test_a_channel_that_the_loss_depends_on_is_salient_whichever_way_it_would_go
     """Two channels of equal size: that with a large x.g stays, of either sign."""
     weight = nn.Parameter(torch.tensor([[1.0, 1.0], [1.0, -1.0]]))
     pruning = OTO(0.5)
-    pruning._groups = [ChannelGroup(nn.Identity(), 2, [weight], [])]
+    pruning._groups = [ChannelGroup(2, [weight], [])]
     pruning._pruned = [torch.zeros(2, dtype=torch.bool)]
     # The first has |x.g| = 20, the second 0 and a cosine of 0; 1 + cosine alone would prefer it
     # where the first one's cosine is -1.

@@ -12,6 +12,7 @@ from pnorm_decay.models.gpt import GPT
 from pnorm_decay.models.resnet import ResNet18
 
 GENERATE = "experiments/generate.py"
+RECORD = {"run_id": "0123456789ab", "method": "pwd", "status": "finished"}
 SIZES = {"n_layer": 2, "n_head": 2, "n_embd": 64, "block_size": 16, "bias": False}
 
 
@@ -22,7 +23,9 @@ def run_folder(tmp_path):
     network = sparsened(GPT(65, **SIZES), 0.95)
     torch.save(network.state_dict(), tmp_path / "model.pt")
     model = {"_target_": "pnorm_decay.models.GPT", "dropout": 0.0, **SIZES}
-    (tmp_path / "result.json").write_text(json.dumps({"config": {"model": model}, "record": {}}))
+    (tmp_path / "result.json").write_text(
+        json.dumps({"config": {"model": model}, "record": RECORD})
+    )
     return tmp_path
 
 
@@ -49,7 +52,7 @@ def test_bad_inputs_are_one_line(run_program, run_folder, tmp_path_factory):
     (damaged / "model.pt").write_bytes(b"no network")
     torch.save(GPT(7, **SIZES).state_dict(), strange / "model.pt")
     model = {"_target_": "pnorm_decay.models.ResNet18", "width": 2}
-    (images / "result.json").write_text(json.dumps({"config": {"model": model}, "record": {}}))
+    (images / "result.json").write_text(json.dumps({"config": {"model": model}, "record": RECORD}))
     torch.save(ResNet18(width=2).state_dict(), images / "model.pt")
     for arguments, message in (
         ([str(empty)], "is no finished run with a saved network"),

@@ -47,8 +47,9 @@ class CausalSelfAttention(nn.Module):
 
     def forward(self, x: Tensor, cache: Tensor | None = None, start: int = 0) -> Tensor:
         B, T, C = x.shape
+        qkv = self.qkv(x)
         # A compacted network has fewer values than queries and keys.
-        parts = self.qkv(x).split((C, C, self.proj.in_features), -1)
+        parts = qkv.split((C, C, qkv.shape[-1] - 2 * C), -1)
         q, k, v = (part.view(B, T, self.n_head, -1).transpose(1, 2) for part in parts)
         if cache is not None:
             room, width = slice(start, start + T), v.shape[-1]

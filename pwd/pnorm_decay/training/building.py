@@ -92,7 +92,7 @@ def saved_network(run_dir: Path) -> nn.Module:
                 "num_classes": len(state["head.weight"]),
                 "in_channels": state["conv1.weight"].shape[1],
             }
-        network: nn.Module = build("model", Settings.from_config(result["config"]).model, **sizes)
+        network: nn.Module = build("model", Part.checked(result["config"]["model"]), **sizes)
         network.load_state_dict(state)
     except (RuntimeError, UnpicklingError, KeyError, EOFError) as error:
         raise ConfigError(
