@@ -3,7 +3,6 @@
 import importlib
 import os
 import shutil
-from importlib.util import find_spec
 from typing import Any
 
 from docutils import nodes
@@ -24,15 +23,12 @@ PUBLIC = [  # every name in their __all__ is in the reference
     "pnorm_decay.baselines",
     "pnorm_decay.data",
     "pnorm_decay.decay",
+    "pnorm_decay.deploy",
     "pnorm_decay.models",
     "pnorm_decay.optim",
     "pnorm_decay.records",
     "pnorm_decay.sparsity",
 ]
-if find_spec("pnorm_decay.deploy"):
-    PUBLIC.append("pnorm_decay.deploy")
-else:
-    exclude_patterns.append("deploy.md")
 
 html_theme = "furo"
 html_title = f"{project} {release}"
@@ -101,8 +97,6 @@ def copy_notebooks(app: Sphinx, config: Any) -> None:
 def adapt_links(app: Sphinx, docname: str, source: list[str]) -> None:
     """Turns links that are right in the repository into links to the copies."""
     source[0] = source[0].replace("](../notebooks/", "](notebooks/")
-    if docname == "index" and "deploy.md" in exclude_patterns:
-        source[0] = source[0].replace("\ndeploy\n", "\n")
 
 
 def setup(app: Sphinx) -> None:
