@@ -26,7 +26,7 @@ def experiments_own(settings: Settings) -> Settings | None:
     if not HydraConfig.initialized():
         return None
     hydra = HydraConfig.get()
-    choices = {"experiment": settings.experiment_name, "pruning": hydra.runtime.choices["pruning"]}
+    choices = {group: hydra.runtime.choices[group] for group in ("experiment", "pruning")}
     choices["optimizer"] = hydra.runtime.choices["optimizer"] if settings.pruning.is_none else BASE
     if settings.target_sparsity is not None:
         choices["decay_schedule"] = hydra.runtime.choices["decay_schedule"]
