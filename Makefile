@@ -53,7 +53,7 @@ explorer: $(READY) ## write results/explorer.html: all recorded runs, to choose 
 verify: $(READY) ## train one recorded run of each experiment again and compare it with its record
 	$(BIN)/python scripts/verify.py
 
-bench: bench-optimizer bench-training bench-sweep bench-files bench-inference ## run every benchmark, alone on the machine
+bench: bench-optimizer bench-training bench-sweep bench-files bench-inference ## run every benchmark that needs no runs, alone on the machine
 
 bench-optimizer: $(READY) ## time the optimizers against fused AdamW, into results/bench/optimizer.csv
 	$(BIN)/python scripts/bench_optimizer.py

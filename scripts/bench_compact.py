@@ -24,10 +24,10 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from bench_common import machine, trained_networks, write_rows
 from pnorm_decay.data import DataError
-from pnorm_decay.deploy import compact
+from pnorm_decay.deploy import CompactError, compact
 from pnorm_decay.sparsity import structured_share, zero_fraction
 from pnorm_decay.training.building import build_data, build_model
-from pnorm_decay.training.settings import Settings
+from pnorm_decay.training.settings import ConfigError, Settings
 
 console = Console(highlight=False)
 
@@ -121,7 +121,7 @@ def main() -> None:
             try:
                 seconds = arguments.seconds
                 rows.append(measure(name, network, result["config"], batch_size, seconds))
-            except DataError as error:
+            except (DataError, ConfigError, CompactError) as error:
                 console.print(f"{name} is left out: {error}")
     if not rows:
         parser.exit(

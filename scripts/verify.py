@@ -84,10 +84,16 @@ def verify(experiment: Experiment, longest: float) -> bool:
     with tempfile.TemporaryDirectory() as folder:
         record = train(experiment, run, folder)
     if isinstance(record, str):
-        if "data" in record and "make data" in record:
+        if "to a local copy" in record:  # the data are not there
             console.print(f"{name}: left out. {record}")
             return True
         console.print(f"{name}: error: {record}")
+        return False
+    if record["data"] != run["data"]:
+        console.print(f"{name}: left out, recorded on {run['data']}, here are {record['data']}")
+        return True
+    if record["status"] != "finished":
+        console.print(f"    NOT AS RECORDED: {record['reason']}")
         return False
     allowed = 3 * spread(experiment)
     difference = record["val_accuracy"] - run["val_accuracy"]

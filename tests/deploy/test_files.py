@@ -498,3 +498,16 @@ def test_the_package_needs_neither_training_nor_omegaconf():
         [sys.executable, "-c", program], capture_output=True, text=True, cwd=REPOSITORY
     )
     assert done.returncode == 0, done.stderr
+
+
+def test_a_conjugate_of_the_same_memory_is_a_tensor_of_its_own(tmp_path):
+    x = torch.randn(3, dtype=torch.complex64)
+    save_sparse({"x": x, "conjugate": x.conj()}, tmp_path / "x")
+    assert torch.equal(load_sparse(tmp_path / "x")["conjugate"], x.conj())
+
+
+def test_a_module_takes_all_tensors_over(tmp_path):
+    model = nn.Linear(2, 2)
+    save_sparse(model, tmp_path / "x")
+    with pytest.raises(ValueError, match="into or names"):
+        load_sparse(tmp_path / "x", into=model, names=["weight"])

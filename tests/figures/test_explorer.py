@@ -44,6 +44,24 @@ def test_a_method_of_another_version_has_no_command():
     assert command("demo/x", run("novel")) is None
 
 
+def test_every_method_of_this_version_has_a_command():
+    assert settings.METHODS.keys() <= CHOICES.keys()
+
+
+@pytest.mark.parametrize(
+    ("overrides", "words"),
+    [
+        ("trainer.steps=20 model.n_embd=48", ["++trainer.steps=20", "++model.n_embd=48"]),
+        ("decay_schedule=p_ramp", ["decay_schedule=p_ramp"]),
+    ],
+)
+def test_the_command_has_what_sets_a_run_apart(overrides, words):
+    line = command("demo/nanogpt_pydoc", run(overrides=overrides)).split()
+    assert line[-len(words) :] == words
+    with initialize_config_dir(str(REPOSITORY / "configs"), version_base="1.3"):
+        compose("train", line[2:])
+
+
 def test_every_finished_run_is_there_with_plain_values():
     found = rows([experiment([*grid(), *adamw(), run(accuracy=None)])])
     assert len(found) == len(grid()) + 2

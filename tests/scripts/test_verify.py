@@ -56,3 +56,10 @@ def test_a_run_that_cannot_be_done_is_an_error(run_program, tmp_path):
 
 def test_without_records_there_is_nothing_to_verify(run_program, tmp_path):
     assert run_program("scripts/verify.py", "--results", str(tmp_path)).code == 2
+
+
+def test_other_data_than_the_recorded_leave_an_experiment_out(run_program, tmp_path):
+    records.write(tmp_path / "demo" / "resnet_digits.csv", quickest().assign(data="other digits"))
+    done = run_program("scripts/verify.py", "--results", str(tmp_path))
+    assert "recorded on other digits" in done.out
+    assert done.code == 0

@@ -142,8 +142,11 @@ def load_sparse(
         SparseFileError: the file is no sparse file, cut off, changed or larger than allowed, or it
             does not fit the module, whose first such tensor is named.
         KeyError: `names` has a name that the file has not.
+        ValueError: both `into` and `names` are given.
         OSError: the file cannot be read.
     """
+    if into is not None and names is not None:
+        raise ValueError("load_sparse takes into or names: a module takes all tensors over")
     path = Path(path)
     size = path.stat().st_size
     try:
@@ -228,7 +231,10 @@ def _write_data(data: BinaryIO, tensors: Mapping[str, Tensor], round_values: boo
     first_names: dict[Any, str] = {}
     for name, tensor in tensors.items():
         local = local_part(tensor)
-        identity = (local.data_ptr(), local.shape, local.stride(), local.dtype, local.device)
+        identity = (
+            *(local.data_ptr(), local.shape, local.stride(), local.dtype, local.device),
+            *(local.is_conj(), local.is_neg()),
+        )
         tensor = whole(tensor)  # a shared one too, as the other processes do
         if local.numel() and identity in first_names:
             specifications[name] = first_names[identity]

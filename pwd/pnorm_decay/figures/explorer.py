@@ -22,6 +22,7 @@ CHOICES = {
     "adamw": "optimizer=adamw",
     "coupled": "optimizer=coupled",
     "dwf": "optimizer=adamw pruning=dwf",
+    "exact": "optimizer=exact",
     "exact_target": "optimizer=exact decay_schedule=target_sparsity",
     "l1": "optimizer=l1",
     "magnitude": "optimizer=adamw pruning=magnitude",
@@ -34,9 +35,10 @@ CHOICES = {
     "pwd_target": "optimizer=pwd decay_schedule=target_sparsity",
     "rewa": "optimizer=adamw pruning=rewa",
     "sgd": "optimizer=sgd",
+    "sgd_pwd": "optimizer=sgd_pwd",
     "spred": "optimizer=adamw pruning=spred",
 }
-WITH_P = {"coupled", "exact_target", "proximal", "pwd", "pwd_target"}
+WITH_P = {"coupled", "exact", "exact_target", "proximal", "pwd", "pwd_target", "sgd_pwd"}
 
 
 def command(experiment: str, row: Mapping[Any, Any]) -> str | None:
@@ -52,17 +54,24 @@ def command(experiment: str, row: Mapping[Any, Any]) -> str | None:
     method = row["method"]
     if method not in CHOICES:
         return None
-    words = [f"python experiments/train.py experiment={experiment} {CHOICES[method]}"]
+    overrides = row.get("overrides")
+    apart = [] if pd.isna(overrides) else str(overrides).split()
+    chosen = {word.partition("=")[0] for word in apart}  # another optimizer, for instance
+    choices = [word for word in CHOICES[method].split() if word.partition("=")[0] not in chosen]
+    words = [f"python experiments/train.py experiment={experiment}", *choices]
     if method in WITH_P:
-        words.append(f"optimizer.p={row['p']:g}")
+        words.append(f"optimizer.p={float(row['p'])!r}")
     if not pd.isna(row["lambda_p"]):
         decay = "lambda_p" if method in {*WITH_P, "l1"} else "weight_decay"
-        words.append(f"optimizer.{decay}={row['lambda_p']:g}")
-    words.append(f"optimizer.lr={row['lr']:g}")
+        words.append(f"optimizer.{decay}={float(row['lambda_p'])!r}")
+    words.append(f"optimizer.lr={float(row['lr'])!r}")
     if not pd.isna(row["target_sparsity"]):
         group = "decay_schedule" if method.endswith("_target") else "pruning"
-        words.append(f"{group}.sparsity={row['target_sparsity']:g}")
-    return " ".join([*words, f"seed={row['seed']}"])
+        words.append(f"{group}.sparsity={float(row['target_sparsity'])!r}")
+    words.append(f"seed={row['seed']}")
+    # A group may lack the key of a value; its choice has no dot.
+    words += [f"++{word}" if "." in word.partition("=")[0] else word for word in apart]
+    return " ".join(words)
 
 
 def rows(experiments: Sequence[Experiment]) -> list[dict[str, Any]]:

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from pnorm_decay.training.composing import experiments_own
-from pnorm_decay.training.settings import DECAY_OPTIONS, RENAMED, Settings, shown
+from pnorm_decay.training.settings import DECAY_OPTIONS, RENAMED, Settings
 
 
 def identity(settings: Settings, label: str) -> str:
@@ -105,8 +105,14 @@ def differences(settings: Settings, own: Settings) -> list[str]:
         for key in sorted(mine.keys() | its.keys()):
             name = f"{group}.{key}"
             if name not in told and _canonical(mine.get(key)) != _canonical(its.get(key)):
-                words.append(f"{name}={shown(mine.get(key)).replace(', ', ',')}")
+                words.append(f"{name}={_word(mine.get(key))}")
     return words
+
+
+def _word(value: Any) -> str:
+    """A value as on the command line, whole."""
+    text = value if isinstance(value, str) else json.dumps(value, default=str)
+    return text.replace(", ", ",")
 
 
 def run_name(settings: Settings) -> str:
