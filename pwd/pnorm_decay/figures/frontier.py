@@ -116,6 +116,7 @@ def _draw_frontier(
             zorder=3,
             **style.artist(3.5) | {"linewidth": 0.9},
         )
+    labelled: list[float] = []  # the sparsities at whose points a name stands
     for style, settings in rivals.items():
         points = settings[settings["val_accuracy"] >= floor]
         _draw_means(ax, points["sparsity"], points, style, linestyle="-")
@@ -123,13 +124,14 @@ def _draw_frontier(
             ax.annotate(
                 style.label,
                 (points["sparsity"].iloc[-1], points["val_accuracy"].iloc[-1]),
-                xytext=(-7, -3),
+                xytext=(-7, -3 - 9 * labelled.count(round(points["sparsity"].iloc[-1], 2))),
                 textcoords="offset points",
                 ha="right",
                 va="top",
                 fontsize=7,
                 color=style.color,
             )
+            labelled.append(round(points["sparsity"].iloc[-1], 2))
     if adamw is not None:
         draw_adamw(ax, adamw)
     return int((shown["val_accuracy"] < floor).sum())
