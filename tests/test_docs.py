@@ -112,7 +112,8 @@ def test_a_command_names_a_config(arguments: str) -> None:
         )
     GlobalHydra.instance().clear()
     with initialize_config_dir(str(REPOSITORY / "configs"), version_base="1.3"):
-        compose("train", overrides)
+        cfg = compose("train", overrides)
+    assert {"optimizer", "model", "data"} <= cfg.keys()
 
 
 def test_links_lead_somewhere() -> None:

@@ -111,7 +111,7 @@ def train(run_program, tmp_path):
     return train
 
 
-def is_one_line(done, said: str) -> None:
+def assert_is_one_line(done, said: str) -> None:
     assert done.err.startswith("error: ")
     assert said in done.err
     assert len(done.err.strip().splitlines()) == 1
@@ -121,7 +121,7 @@ def is_one_line(done, said: str) -> None:
 
 @pytest.mark.parametrize(("overrides", "said"), TRIED, ids=[overrides for overrides, _ in TRIED])
 def test_what_was_tried_is_one_line_before_anything_is_written(train, tmp_path, overrides, said):
-    is_one_line(train(*overrides.split(" ")), said)
+    assert_is_one_line(train(*overrides.split(" ")), said)
     written = [path for path in tmp_path.rglob("*") if path.is_file()]
     assert [path for path in written if path.parent.name != LOCKS] == []
 
@@ -137,7 +137,7 @@ def test_what_was_tried_is_one_line_before_anything_is_written(train, tmp_path, 
 def test_a_variable_that_says_nothing_is_named(train, monkeypatch, name, value, said):
     wandb.teardown()  # it reads its variables once a process
     monkeypatch.setenv(name, value)
-    is_one_line(train("logger=wandb"), said)
+    assert_is_one_line(train("logger=wandb"), said)
 
 
 SHORT = ["model.width=4", "trainer.epochs=null", "trainer.steps=2"]
@@ -151,7 +151,7 @@ def test_a_list_of_threads_has_one_for_us(train, monkeypatch):
 def test_without_wandb_runs_need_no_logger(train, monkeypatch):
     monkeypatch.setitem(sys.modules, "wandb", None)
     assert train(*SHORT).code == 0
-    is_one_line(train(*SHORT, "seed=1", "logger=wandb"), "logger=none no W&B")
+    assert_is_one_line(train(*SHORT, "seed=1", "logger=wandb"), "logger=none no W&B")
 
 
 def test_what_nobody_foresaw_is_a_line_too_and_its_frames_are_kept(train, monkeypatch, tmp_path):
@@ -160,7 +160,7 @@ def test_what_nobody_foresaw_is_a_line_too_and_its_frames_are_kept(train, monkey
 
     monkeypatch.setattr(ResNet18, "forward", broken)
     done = train(*SHORT)
-    is_one_line(done, "KeyError: 'nobody knows")
+    assert_is_one_line(done, "KeyError: 'nobody knows")
     (path,) = (tmp_path / "runs").glob("*/*/*/failure.json")
     assert str(path) in done.err
     assert "in broken" in path.read_text()
@@ -173,7 +173,7 @@ def test_at_the_door_too(train, monkeypatch, tmp_path):
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
     monkeypatch.setattr("pnorm_decay.training.run.build_data", broken)
     done = train()
-    is_one_line(done, "ZeroDivisionError: by zero (see ")
+    assert_is_one_line(done, "ZeroDivisionError: by zero (see ")
     (path,) = tmp_path.glob("pnorm-decay-*.txt")
     assert str(path) in done.err
     assert "in broken" in path.read_text()
@@ -216,5 +216,5 @@ def test_a_link_to_itself_is_one_line(train, run_program, tmp_path):
     loop = tmp_path / "loop"
     loop.symlink_to(loop)
     done = run_program(TRAIN, DIGITS, *SHORT, "logger=none", f"runs_dir={loop}")
-    is_one_line(done, str(loop))
-    is_one_line(train("data=cifar10", f"data.path={loop}"), f"there is no {loop}")
+    assert_is_one_line(done, str(loop))
+    assert_is_one_line(train("data=cifar10", f"data.path={loop}"), f"there is no {loop}")

@@ -134,6 +134,7 @@ def test_idle_processes_of_a_killed_sweep_end_too(start):
     sweep.let(1)
     sweep.main.kill()
     wait_for_end(busy, idle)
+    assert sweep.saved() == {"0"}
 
 
 def children(pid: int) -> list[str]:

@@ -17,10 +17,9 @@ from pnorm_decay.figures.style import (
     ADAMW_LINE,
     WIDTH,
     PointStyle,
-    accuracy_floor,
     draw_adamw,
     finish,
-    nines_axis,
+    frontier_axes,
     p_style,
     styled,
 )
@@ -90,13 +89,7 @@ def _draw_frontier(
     accuracy = np.append(shown["val_accuracy"].to_numpy(), [] if adamw is None else adamw)
     if len(accuracy) == 0:
         accuracy = np.array([0.0])
-    floor, best = accuracy_floor(accuracy, COLLAPSED), float(accuracy.max())
-    margin = max(0.06 * (best - floor), 0.2)
-    inside = shown.loc[shown["val_accuracy"] >= floor, "sparsity"]
-    nines_axis(ax, "x", highest=inside.max() if len(inside) else 0.0)
-    ax.set_ylim(floor - margin, best + margin)
-    ax.set(xlabel="sparsity", ylabel="validation accuracy (%)")
-    ax.grid(True)
+    floor = frontier_axes(ax, accuracy, shown, COLLAPSED)
     for p, points in by_p(grid[grid["val_accuracy"] >= floor]):
         style = p_style(p)
         ax.plot(

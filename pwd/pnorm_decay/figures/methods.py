@@ -14,9 +14,9 @@ from pnorm_decay.figures.style import (
     ADAMW_LINE,
     WIDTH,
     PointStyle,
-    accuracy_floor,
     draw_adamw,
     finish,
+    frontier_axes,
     method_styles,
     nines_axis,
     p_style,
@@ -94,13 +94,7 @@ def _draw_frontier(ax: Axes, norms: list[Family], others: list[Family], referenc
     """Fills the left panel; returns how many settings lie below its lower limit."""
     shown = pd.concat([points for _, points in norms + others] or [_NO_POINTS])
     accuracy = np.append(shown["val_accuracy"].to_numpy(), reference)
-    floor, best = accuracy_floor(accuracy, COLLAPSED), float(accuracy.max())
-    margin = max(0.08 * (best - floor), 0.2)
-    inside = shown.loc[shown["val_accuracy"] >= floor, "sparsity"]
-    nines_axis(ax, "x", highest=inside.max() if len(inside) else 0.0)
-    ax.set_ylim(floor - margin, best + margin)
-    ax.set(xlabel="sparsity", ylabel="validation accuracy (%)")
-    ax.grid(True)
+    floor = frontier_axes(ax, accuracy, shown, COLLAPSED)
     n_below = 0
     for style, points in norms + others:
         collapsed = points["val_accuracy"] < floor

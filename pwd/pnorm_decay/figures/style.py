@@ -11,6 +11,7 @@ from typing import Any, Literal
 
 import matplotlib as mpl
 import numpy as np
+import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.colors import LinearSegmentedColormap, to_hex
 from matplotlib.figure import Figure
@@ -153,6 +154,30 @@ def accuracy_floor(accuracy: NDArray[np.float64], share: float) -> float:
     matter, so they do not count.
     """
     return float(accuracy[accuracy >= share * accuracy.max()].min())
+
+
+def frontier_axes(
+    ax: Axes, accuracy: NDArray[np.float64], points: pd.DataFrame, share: float
+) -> float:
+    """Sets up a panel of accuracy (percent) over sparsity.
+
+    Args:
+        ax: the panel.
+        accuracy: every accuracy that it is to hold, in percent.
+        points: what is drawn, with ``val_accuracy`` and ``sparsity``.
+        share: see ``accuracy_floor``.
+
+    Returns:
+        The lowest accuracy that lies on it, in percent.
+    """
+    floor, best = accuracy_floor(accuracy, share), float(accuracy.max())
+    margin = max(0.08 * (best - floor), 0.2)
+    inside = points.loc[points["val_accuracy"] >= floor, "sparsity"]
+    nines_axis(ax, "x", highest=inside.max() if len(inside) else 0.0)
+    ax.set_ylim(floor - margin, best + margin)
+    ax.set(xlabel="sparsity", ylabel="validation accuracy (%)")
+    ax.grid(True)
+    return floor
 
 
 def draw_adamw(ax: Axes, accuracy: float) -> None:
