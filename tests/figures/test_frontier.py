@@ -66,7 +66,7 @@ def test_both_kinds_of_magnitude_pruning_are_one_line():
 
 
 def test_the_right_panel_shows_the_best_that_is_sparse_enough():
-    rows = [steered(0.9, 92.0), steered(0.98, 91.0)]
+    rows = [steered(0.9, 92.0) | {"sparsity": 0.899}, steered(0.98, 91.0)]  # 1 % of the density
     right = frontier_figure(experiment([*grid(), *adamw(), *rows])).axes[1]
     (constant,) = lines(right, "pWD, constant lambda_p, best p")
     assert list(constant.get_ydata()) == [93.0]  # at least 0.5: the setting at 0.6
