@@ -3,9 +3,10 @@
 nanoGPT (10.7 million weights) writes text at batch 1 and reads a prompt of 256 characters; ResNet18
 (width 64) classifies images of 32 x 32 pixels. Dense networks run in fp32 and in bf16, the images
 in `channels_last` too, and both through torch.compile; sparse ones are `sparse_inference`'s, of
-random zeros (every weight as likely) or of trained networks, given by their runs' folders. All
-forms of a case take turns. `ratio` is to the fastest dense form of the same case, threads and
-network.
+random zeros (every weight as likely) or of trained networks, given by their runs' folders; these
+come through `compact`, too. All forms of a case take turns. `ratio` is to the fastest dense form
+of the same case, threads and network. The file of a dense form is torch.save's, of the others
+save_sparse's.
 
     python scripts/bench_inference.py
     python scripts/bench_inference.py --networks runs/cpu/nanogpt_shakespeare/* --threads 1
@@ -37,7 +38,7 @@ from torch import Tensor, nn
 
 from bench_common import machine, memory, reset_peak_memory, write_rows
 from pnorm_decay import sparsity
-from pnorm_decay.deploy import generate, sparse_inference
+from pnorm_decay.deploy import compact, generate, save_sparse, sparse_inference
 from pnorm_decay.deploy.inference import InBfloat16, InParts
 from pnorm_decay.models.gpt import GPT
 from pnorm_decay.models.resnet import ResNet18
@@ -151,6 +152,17 @@ def megabytes(model: nn.Module) -> float:
     return sum(tensor.numel() * tensor.element_size() for tensor in tensors) / 1e6
 
 
+def file_megabytes(form: str, model: nn.Module) -> float:
+    """What a network takes on the disk: all of it, or what `save_sparse` writes."""
+    with tempfile.TemporaryDirectory() as scratch:
+        path = Path(scratch) / "network"
+        if "dense" in form:
+            torch.save(model.state_dict(), path)
+        else:
+            save_sparse(model, path)
+        return round(path.stat().st_size / 1e6, 3)
+
+
 def peak_megabytes(case: str, form: str, model: nn.Module) -> float:
     """What loading a network and two calls add to a process's memory, at the peak."""
     with tempfile.TemporaryDirectory() as scratch:
@@ -205,32 +217,44 @@ def measure(
         (next(iter(networks)), name): form
         for name, form in dense_forms(first, not arguments.no_compile)
     }
+    stored = dict(networks)  # by name, what is in the file
     for name, network in networks.items():
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", UserWarning)  # where nothing is gained, it is dense
             forms[name, "sparse"] = sparse_inference(network, example)
             if arguments.bf16:
                 forms[name, "sparse or bf16"] = sparse_inference(network, example, allow_bf16=True)
+            if label != RANDOM:
+                small = stored[f"{name} compact"] = compact(network, example)
+                forms[f"{name} compact", "compact"] = small
+                forms[f"{name} compact", "compact sparse"] = sparse_inference(small, example)
     runs = {" ".join(key): runner(case, key[1], form, example) for key, form in forms.items()}
     taken = take_turns(runs, arguments.rounds, arguments.seconds)
-    dense = [s for (_, form), s in zip(forms, taken.values(), strict=True) if "sparse" not in form]
-    items, rows = items_of(case, first, example), []
+    dense = [
+        seconds
+        for (_, form), seconds in zip(forms, taken.values(), strict=True)
+        if form.startswith(("dense", "compiled"))
+    ]
+    items, rows, (_, whole) = items_of(case, first, example), [], multiply_adds(first, example)
     for (name, form), seconds in zip(forms, taken.values(), strict=True):
         is_measured = threads == arguments.threads[0] and "compiled" not in form
         peak = peak_megabytes(case, form, forms[name, form]) if is_measured else None
-        left, whole = multiply_adds(networks[name], example)
+        is_dense = form.startswith(("dense", "compiled"))
+        kept = forms[name, form] if is_dense else stored[name]
+        left, all_left = multiply_adds(stored[name], example)
         rows.append(
             {
                 "case": case,
                 "threads": threads,
                 "network": label,
                 "form": form,
-                "sparsity": round(sparsity(networks[name]), 4) if "sparse" in form else 0.0,
+                "sparsity": 0.0 if is_dense else round(sparsity(stored[name]), 4),
                 "per_second": round(items / seconds, 2),
                 "milliseconds": round(1e3 * seconds, 4),
                 "ratio": round(min(dense) / seconds, 3),
-                "multiply_adds_left": round(left / whole, 5) if "sparse" in form else 1.0,
+                "multiply_adds_left": round((left if "sparse" in form else all_left) / whole, 5),
                 "weights_megabytes": round(megabytes(forms[name, form]), 2),
+                "file_megabytes": None if "compiled" in form else file_megabytes(form, kept),
                 "peak_megabytes": peak,
                 "rounds": arguments.rounds,
                 **machine(),

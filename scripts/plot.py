@@ -81,9 +81,12 @@ def main() -> None:
         except RecordError as unreadable:
             errors.append(unreadable)
     measured = args.results / "bench" / "inference.csv"
-    if measured.exists():
+    files = args.results / "bench" / "sparse_files.csv"
+    if measured.exists() and files.exists():
         try:
-            figure = inference.inference_figure(inference.read(measured))
+            figure = inference.inference_figure(
+                inference.read(measured), inference.read(files, inference.FILE_TYPES)
+            )
         except RecordError as unreadable:
             errors.append(unreadable)
         else:

@@ -3,7 +3,7 @@ from __future__ import annotations
 import pandas as pd
 import pytest
 
-from pnorm_decay.figures.inference import RANDOM, inference_figure, read
+from pnorm_decay.figures.inference import FILES_OF, RANDOM, inference_figure, read
 from pnorm_decay.records import RecordError
 
 
@@ -27,8 +27,26 @@ def rows() -> pd.DataFrame:
     return pd.DataFrame(made)
 
 
+def files() -> pd.DataFrame:
+    sizes = {"torch.save": (44e6, 44e6), "save_sparse": (4e6, 20e6), "scipy npz": (6e6, 28e6)}
+    return pd.DataFrame(
+        {"network": network, "sparsity": share, "format": name, "bytes": size}
+        for network in (FILES_OF, "a trained network")
+        for name, pair in sizes.items()
+        for share, size in zip((0.9, 0.5), pair, strict=True)
+    )
+
+
+def test_sizes_are_those_of_one_network_in_megabytes():
+    sizes = inference_figure(rows(), files()).axes[0]
+    lines = {line.get_label(): line for line in sizes.get_lines()}
+    assert list(lines["save_sparse"].get_xdata()) == [0.5, 0.9]
+    assert list(lines["save_sparse"].get_ydata()) == [20, 4]
+    assert list(lines["torch.save"].get_ydata()) == [44, 44]
+
+
 def test_lines_are_random_zeros_and_crosses_trained_networks_of_one_thread():
-    left, right = inference_figure(rows()).axes
+    _, left, right = inference_figure(rows(), files()).axes
     for ax, column in ((left, "per_second"), (right, "ratio")):
         lines = {(line.get_label(), line.get_marker()): line for line in ax.get_lines()}
         text = lines["write text", "o"]

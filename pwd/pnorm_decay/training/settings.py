@@ -444,7 +444,7 @@ class Settings(Checked):
         results_dir: where recorded rows are.
         skip_recorded: whether a run with a recorded row is done.
         repeat_best: whether only runs are done whose seed 0 is recorded as a best one.
-        betas, grid, point, sweeps, repeat_seeds: what other values and `sweep.py` refer to.
+        betas, target_end, grid, point, sweeps, repeat_seeds: what other values and `sweep.py` refer to.
     """
 
     # What determines a run's result, with parts of the groups left out: see their NOT_IDENTITY.
@@ -478,6 +478,7 @@ class Settings(Checked):
     trainer: TrainerSettings = Field(description="a choice of trainer=...")
     logger: LoggerSettings = Field(description="a choice of logger=...")
     betas: Any = None
+    target_end: Any = None
     grid: dict[str, Any] = Field(default_factory=dict, description="values that sweeps refer to")
     point: dict[str, Any] = Field(default_factory=dict, description="values of one point")
     sweeps: list[str] = Field(default_factory=list, description="a list of sweeps")
