@@ -5,6 +5,8 @@ from __future__ import annotations
 import importlib
 import importlib.metadata
 import re
+import subprocess
+import sys
 import tomllib
 from itertools import chain
 
@@ -71,6 +73,36 @@ def test_the_folder_pwd_is_no_package():
 
 def test_the_optimizer_needs_torch_alone():
     assert [Requirement(line).name for line in PROJECT["dependencies"]] == ["torch"]
+
+
+def test_all_but_experiments_and_files_works_with_torch_alone():
+    others = (
+        "hydra",
+        "omegaconf",
+        "pydantic",
+        "pandas",
+        "rich",
+        "wandb",
+        "safetensors",
+        "zstandard",
+    )
+    program = f"""
+import sys
+sys.modules |= dict.fromkeys({others})  # an import of them fails
+import torch
+import pnorm_decay.optim, pnorm_decay.sparsity, pnorm_decay.baselines
+from pnorm_decay.deploy import compact, sparse_inference
+model = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.ReLU(), torch.nn.Linear(8, 2))
+torch.nn.init.zeros_(model[0].weight)
+assert compact(model, torch.ones(2, 4)).compaction.parameters[1] < 58
+try:
+    from pnorm_decay.deploy import save_sparse
+except ModuleNotFoundError as error:
+    print(error)
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert "needs zstandard: pip install 'pnorm-decay[deploy]'" in done.stdout
 
 
 @pytest.mark.parametrize(

@@ -1,13 +1,6 @@
 """What zeros are worth once training is over: small files, small networks, fast inference."""
 
-try:
-    from pnorm_decay.deploy.files import SparseFileError, load_sparse, save_sparse
-except ModuleNotFoundError as error:
-    if error.name not in ("numpy", "safetensors", "zstandard"):
-        raise
-    raise ModuleNotFoundError(
-        f"pnorm_decay.deploy needs {error.name}: pip install 'pnorm-decay[deploy]'"
-    ) from error
+from typing import TYPE_CHECKING, Any
 
 from pnorm_decay.deploy.compact import (
     ChannelGroup,
@@ -18,6 +11,9 @@ from pnorm_decay.deploy.compact import (
 )
 from pnorm_decay.deploy.generation import generate
 from pnorm_decay.deploy.inference import sparse_inference
+
+if TYPE_CHECKING:
+    from pnorm_decay.deploy.files import SparseFileError, load_sparse, save_sparse
 
 __all__ = [
     "ChannelGroup",
@@ -31,3 +27,17 @@ __all__ = [
     "save_sparse",
     "sparse_inference",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    """Files alone need more than torch, and are imported when they are asked for."""
+    if name not in ("SparseFileError", "load_sparse", "save_sparse"):
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    try:
+        from pnorm_decay.deploy import files
+    except ModuleNotFoundError as error:
+        if error.name not in ("numpy", "safetensors", "zstandard"):
+            raise
+        needed = f"{name} needs {error.name}: pip install 'pnorm-decay[deploy]'"
+        raise ModuleNotFoundError(needed) from error
+    return getattr(files, name)

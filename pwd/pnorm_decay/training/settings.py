@@ -444,7 +444,8 @@ class Settings(Checked):
         results_dir: where recorded rows are.
         skip_recorded: whether a run with a recorded row is done.
         repeat_best: whether only runs are done whose seed 0 is recorded as a best one.
-        betas, target_end, grid, point, sweeps, repeat_seeds: what other values and `sweep.py` refer to.
+        betas, target_end, grid, point: what other values refer to.
+        sweeps, repeat_seeds: what `sweep.py` does.
     """
 
     # What determines a run's result, with parts of the groups left out: see their NOT_IDENTITY.
