@@ -33,7 +33,6 @@ PLACES = {
 # A change that is none, because the experiment's file has it.
 IS_SO_ALREADY = [("demo/resnet_digits", "trainer.channels_last=false")]
 IS_SO_ALREADY += [("demo/nanogpt_pydoc", "trainer.channels_last=true")]
-IS_SO_ALREADY += [("demo/nanogpt_pydoc", "schedule=constant")]  # its own final_fraction wins
 
 
 @cache
@@ -115,6 +114,15 @@ def test_the_larger_scales_are_what_they_were(experiment, sweep, monkeypatch):
             OmegaConf.update(cfg, key, float(str(values).split(",")[0]))
     label = "CIFAR-10" if "cifar10" in experiment else "Tiny Shakespeare"
     assert identity(resolved(cfg, experiment), label) == UNRECORDED[experiment, sweep]
+
+
+@pytest.mark.parametrize("scale", ["demo", "cpu", "wide", "paper"])
+@pytest.mark.parametrize(("choice", "last"), [("cosine", 0.1), ("constant", 1.0)])
+def test_a_schedule_is_what_it_says_whatever_the_experiment(scale, choice, last):
+    experiment = f"{scale}/nanogpt_" + ("pydoc" if scale == "demo" else "shakespeare")
+    of_choice = resolved(composed(experiment, f"schedule={choice}").copy(), experiment)
+    assert of_choice.schedule.options["final_fraction"] == last
+    assert of_choice.schedule.options["warmup_steps"] > 0
 
 
 def test_the_papers_setting_is_the_papers():

@@ -444,7 +444,7 @@ class Settings(Checked):
         results_dir: where recorded rows are.
         skip_recorded: whether a run with a recorded row is done.
         repeat_best: whether only runs are done whose seed 0 is recorded as a best one.
-        betas, target_end, grid, point: what other values refer to.
+        betas, target_end, final_fraction, grid, point: what other values refer to.
         sweeps, repeat_seeds: what `sweep.py` does.
     """
 
@@ -480,6 +480,7 @@ class Settings(Checked):
     logger: LoggerSettings = Field(description="a choice of logger=...")
     betas: Any = None
     target_end: Any = None
+    final_fraction: Any = None
     grid: dict[str, Any] = Field(default_factory=dict, description="values that sweeps refer to")
     point: dict[str, Any] = Field(default_factory=dict, description="values of one point")
     sweeps: list[str] = Field(default_factory=list, description="a list of sweeps")
