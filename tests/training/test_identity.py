@@ -198,6 +198,16 @@ def test_how_and_where_a_run_is_done_does_not(change):
     assert identity(plain, "x") == identity(changed, "x")
 
 
+def test_a_run_is_known_by_the_precision_that_auto_stands_for(monkeypatch):
+    def of(precision: str, fast: bool) -> str:
+        monkeypatch.setattr(settings, "bf16_is_fast", lambda device: fast)
+        cfg = composed("demo/resnet_digits", f"trainer.precision={precision}").copy()
+        return identity(resolved(cfg, "x/x"), "x")
+
+    assert of("auto", fast=False) == of("fp32", fast=False) == of("fp32", fast=True)
+    assert of("auto", fast=True) != of("auto", fast=False)
+
+
 def test_the_data_and_where_they_lie():
     plain = resolved(composed("demo/resnet_digits").copy(), "x/x")
     assert identity(plain, "CIFAR-10") != identity(plain, "CIFAR-10, JPEG copy")
