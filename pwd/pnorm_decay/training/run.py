@@ -221,6 +221,7 @@ def finished_record(run: Run) -> dict[str, Any] | None:
     """The record of a run that is already complete, from its folder or the recorded rows."""
     result = records.read_result(run.folder)
     if result is not None:
+        records.check_owner(run.folder, result, run.id)
         return result["record"]
     if run.settings.skip_recorded and run.recorded.exists():
         rows = records.read(run.recorded)
