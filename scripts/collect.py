@@ -8,6 +8,7 @@ most accurate pWD run of sparsity 0.9 or more.
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from collections import defaultdict
 from pathlib import Path
@@ -47,7 +48,7 @@ def collect(
             rows[run_scale, name].append(result["record"])
     paths = {key: results / key[0] / f"{key[1]}.csv" for key in rows}
     # All are read before anything is written.
-    recorded = {key: records.read(path) for key, path in paths.items() if path.exists()}
+    recorded = {key: records.read(path) for key, path in paths.items() if os.path.lexists(path)}
     written = []
     for (run_scale, name), these in rows.items():
         path = paths[run_scale, name]

@@ -45,8 +45,15 @@ def saved_networks(
     for scale, name, result in records.recorded_runs(runs):
         run_id, ended = result["record"]["run_id"], result["record"]["status"]
         network = runs / scale / name / run_id / records.MODEL_FILE
-        if ended == "finished" and network.exists() and (not chosen or run_id in chosen):
+        if ended == "finished" and network.is_file() and (not chosen or run_id in chosen):
             yield network, results / scale / "evaluation" / f"{name}.csv", result
+
+
+def settings_of(network: Path, result: dict[str, Any]) -> Settings:
+    """The settings of a finished run."""
+    if not isinstance(result.get("config"), dict):
+        raise ConfigError(f"{network.with_name(records.RESULT_FILE)} holds no config")
+    return Settings.from_config(result["config"])
 
 
 def evaluate_saved(
@@ -58,7 +65,7 @@ def evaluate_saved(
         DataError: the data set is missing, or not the one that the run was evaluated on.
         ConfigError: this version does not understand the run's config, or the network is damaged.
     """
-    settings = Settings.from_config(result["config"])
+    settings = settings_of(network, result)
     accelerator = make_accelerator(device, precision)
     prepare_process(torch.get_num_threads())
     data = build_data(settings)
@@ -130,7 +137,7 @@ def main() -> None:
                 left_out = True
                 continue
             record(path, row)
-            name, was = run_name(Settings.from_config(result["config"])), result["record"]
+            name, was = run_name(settings_of(network, result)), result["record"]
             console.print(
                 f"{row['run_id']} {name}: accuracy {row['val_accuracy']:.2f} %, "
                 f"in the run {was['val_accuracy']:.2f} % ({was['device']})"

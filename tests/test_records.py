@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import csv
+import os
 
 import pandas as pd
 import pytest
@@ -175,6 +176,11 @@ def test_a_broken_results_file_is_one_line_and_stays_as_it_is(run_program, tmp_p
     assert [file for file in (tmp_path / "results").rglob("*") if file.is_file()] == [path]
 
 
+def odd(value: bytes) -> bytes:
+    """A result with a value, the last of its name, that no run can have."""
+    return b'{"record": {"run_id": "a", "method": "m", "status": "finished", ' + value + b"}}"
+
+
 ODD_RESULTS = {
     "a list": b"[]",
     "nothing in it": b"{}",
@@ -182,7 +188,14 @@ ODD_RESULTS = {
     "an empty record": b'{"record": {}}',
     "half": b'{"record": ',
     "Latin-1": '{"record": {"run_id": "é"}}'.encode("latin-1"),
-    "infinite": b'{"record": {"run_id": "a", "method": "m", "status": "finished", "lr": Infinity}}',
+    "infinite": odd(b'"lr": Infinity'),
+    "another run's": odd(b'"run_id": "b"'),
+    "a number for a text": odd(b'"run_id": 5'),
+    "a text for a number": odd(b'"p": "1"'),
+    "true": odd(b'"p": true'),
+    "many steps": odd(b'"steps": 9e30'),
+    "a method of two lines": odd(b'"method": "m\\nn"'),
+    "deep": b"[" * 100_000,
 }
 
 
@@ -194,9 +207,34 @@ def test_an_odd_result_is_one_line(run_program, tmp_path, name):
     places = ["--runs", str(tmp_path / "runs"), "--results", str(tmp_path / "results")]
     done = run_program("scripts/collect.py", *places)
     assert done.code == 2
-    assert (done.out + done.err).startswith(f"error: {path}")
+    assert (done.out + done.err).startswith(f"error: {path.parent}")
     assert len((done.out + done.err).splitlines()) == 1
     assert not (tmp_path / "results").exists()
+
+
+@pytest.mark.parametrize("kind", ["a pipe", "a device", "a link to itself"])
+def test_what_never_ends_is_one_line(run_program, tmp_path, kind):
+    folder = tmp_path / "runs" / "cpu" / "digits" / "a"
+    records.write_result(folder, {"record": record("a")})
+    result, table = folder / "result.json", tmp_path / "results" / "cpu" / "digits.csv"
+    places = ["--runs", str(tmp_path / "runs"), "--results", str(tmp_path / "results")]
+    table.parent.mkdir(parents=True)
+    for path in (table, result):
+        path.unlink(missing_ok=True)
+        if kind == "a pipe":
+            os.mkfifo(path)
+        else:
+            path.symlink_to("/dev/zero" if kind == "a device" else path)
+        for program in (["collect.py", *places], ["plot.py", *places[2:]]):
+            done = run_program(f"scripts/{program[0]}", *program[1:])
+            assert done.code == 2
+            assert (done.out + done.err).startswith(f"error: cannot read {path}: ")
+            assert len((done.out + done.err).splitlines()) == 1
+            if path == result:
+                break  # which figures do not look at
+        if path == table:
+            table.unlink()
+            table.parent.rmdir()
 
 
 def test_columns_that_somebody_added_stay(tmp_path):

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import os
+import stat
 import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -32,6 +34,25 @@ def atomic_write(path: Path) -> Iterator[BinaryIO]:
         # Gone already after the rename; after any failure, an interrupt too, it must not stay.
         with suppress(OSError):
             temporary.unlink()
+
+
+def read_regular(path: Path, largest: int | None = None) -> bytes:
+    """The content of a file that ends: no pipe and no device.
+
+    Args:
+        path: of a file, or a link to one.
+        largest: bytes that it may have.
+
+    Raises:
+        OSError: it cannot be read, is no regular file, or is too large.
+    """
+    state = path.stat()
+    if not stat.S_ISREG(state.st_mode) and not stat.S_ISDIR(state.st_mode):
+        raise OSError(errno.EINVAL, "it is not a regular file", str(path))
+    if largest is not None and state.st_size > largest:
+        reason = f"it has {state.st_size:,} bytes, more than the {largest:,} it can have"
+        raise OSError(errno.EFBIG, reason, str(path))
+    return path.read_bytes()
 
 
 def write_text(path: Path, text: str) -> None:

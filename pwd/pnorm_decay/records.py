@@ -10,13 +10,14 @@ import csv
 import io
 import json
 import math
+import os
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
 
-from pnorm_decay.files import write_text
+from pnorm_decay.files import read_regular, write_text
 
 __all__ = [
     "COLUMNS",
@@ -32,6 +33,7 @@ __all__ = [
 RESULT_FILE = "result.json"
 MODEL_FILE = "model.pt"
 FAILURE_FILE = "failure.json"
+LARGEST = 2**28  # bytes of a result or a results file; a thousand runs have 300,000
 
 #: Column -> pandas dtype, in the order of the CSV. Accuracies are in percent, sparsity and
 #: zero_fraction fractions in [0, 1], losses in nats, seconds of wall-clock time; device with the
@@ -72,6 +74,7 @@ COLUMNS = {
 ADDED = {"val_precision", "val_accuracy_recalibrated", "overrides"}  # files from before lack them
 REQUIRED = ("run_id", "method", "status")  # of every record
 STATUSES = ("finished", "diverged", "failed")
+MOST = 2.0**62  # of a whole number, which a column of 64 bits holds
 PERCENT, FRACTION, POSITIVE = (0.0, 100.0), (0.0, 1.0), (0.0, math.inf)
 RANGES = {
     **dict.fromkeys(
@@ -114,10 +117,10 @@ def read_result(run_dir: Path, file: str = RESULT_FILE) -> dict[str, Any] | None
     """
     path = run_dir / file
     try:
-        result = json.loads(path.read_text(encoding="utf-8"))
+        result = json.loads(read_regular(path, LARGEST).decode("utf-8"))
     except FileNotFoundError:
         return None
-    except ValueError as error:  # no JSON, or no UTF-8
+    except (ValueError, RecursionError) as error:  # no JSON, or no UTF-8
         raise RecordError(f"{path} is not valid JSON ({error}); delete it to run again") from None
     except OSError as error:
         raise RecordError(f"cannot read {path}: {error.strerror}") from None
@@ -125,6 +128,7 @@ def read_result(run_dir: Path, file: str = RESULT_FILE) -> dict[str, Any] | None
     if not isinstance(record, dict):
         raise RecordError(f"{path} holds no record; delete it to run again")
     try:
+        check_types(record)
         parse_row({name: "" if value is None else str(value) for name, value in record.items()})
     except ValueError as error:
         raise RecordError(f"{path}: {error}; delete it to run again") from None
@@ -136,7 +140,25 @@ def recorded_runs(runs: Path) -> Iterator[tuple[str, str, dict[str, Any]]]:
     for run_dir in sorted(path for path in runs.glob("*/*/*") if path.is_dir()):
         result = read_result(run_dir) or read_result(run_dir, FAILURE_FILE)
         if result is not None:
+            check_owner(run_dir, result, run_dir.name)
             yield run_dir.parts[-3], run_dir.parts[-2], result
+
+
+def check_owner(run_dir: Path, result: Mapping[str, Any], run_id: str) -> None:
+    """Raises a RecordError unless a result is of the run that its folder is for."""
+    if result["record"]["run_id"] != run_id:
+        was = result["record"]["run_id"]
+        raise RecordError(f"{run_dir} holds the result of run {was}; move it to a folder {was}")
+
+
+def check_types(record: Mapping[str, Any]) -> None:
+    """Raises a ValueError unless the values are texts and numbers as ``COLUMNS`` says, or None."""
+    for name, kind in COLUMNS.items():
+        value = record.get(name)
+        right = isinstance(value, str) if kind == "string" else isinstance(value, int | float)
+        if value is not None and (not right or isinstance(value, bool)):
+            what = "a text" if kind == "string" else "a number"
+            raise ValueError(f"{name}={value!r:.80}: must be {what}")
 
 
 def read_table(path: Path) -> pd.DataFrame:
@@ -146,7 +168,7 @@ def read_table(path: Path) -> pd.DataFrame:
         RecordError: the file cannot be read, or is not a CSV table of UTF-8 text; with its line.
     """
     try:
-        text = path.read_bytes().decode("utf-8-sig")
+        text = read_regular(path, LARGEST).decode("utf-8-sig")
     except OSError as error:
         raise RecordError(f"cannot read {path}: {error.strerror or error}") from None
     except UnicodeDecodeError as error:
@@ -204,6 +226,9 @@ def parse_row(row: Mapping[str, str]) -> dict[str, Any]:
     missing = [name for name in REQUIRED if not row.get(name)]
     if missing:
         raise ValueError(f"there is no {', '.join(missing)}")
+    for name in REQUIRED:
+        if not row[name].isprintable():
+            raise ValueError(f"{name}={row[name]!r}: must be printable text")
     if row["status"] not in STATUSES:
         raise ValueError(f"status={row['status']}: must be one of {', '.join(STATUSES)}")
     record: dict[str, Any] = {}
@@ -213,6 +238,7 @@ def parse_row(row: Mapping[str, str]) -> dict[str, Any]:
             record[name] = text or None
             continue
         low, high = RANGES.get(name, (-math.inf, math.inf))
+        high = min(high, MOST) if kind == "Int64" else high
         try:
             value = float(text)
         except ValueError:
@@ -285,7 +311,7 @@ def write(
         What the file now holds; also what somebody added to it in columns of their own.
     """
     frame = rows.reindex(columns=list(COLUMNS)).astype(COLUMNS)
-    old = read(path) if path.exists() else frame.head(0)
+    old = read(path) if os.path.lexists(path) else frame.head(0)
     added = old.set_index("run_id")[list(old.columns.difference(list(COLUMNS), sort=False))]
     frame = frame.join(added, on="run_id")
     if keep:

@@ -3,7 +3,9 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from pnorm_decay.data import base
+
+from data.made_up import CPU, write_copy
+from pnorm_decay.data import Digits, base
 
 
 @pytest.fixture(autouse=True)
@@ -24,3 +26,21 @@ def shared_file() -> Callable[[str], Path]:
         return folder / name
 
     return find
+
+
+@pytest.fixture
+def copy(tmp_path: Path) -> Path:
+    """A small folder of PNG files in CIFAR-10's layout."""
+    return write_copy(tmp_path / "copy")
+
+
+@pytest.fixture
+def cache(tmp_path: Path) -> Path:
+    return tmp_path / "cache"
+
+
+@pytest.fixture
+def digits() -> Digits:
+    dataset = Digits()
+    dataset.setup(CPU)
+    return dataset

@@ -4,8 +4,9 @@ import sys
 from pathlib import Path
 
 import pytest
-from pnorm_decay.data import TinyShakespeare
 from torchvision import datasets
+
+from pnorm_decay.data import TinyShakespeare
 
 SCRIPT = Path(__file__).resolve().parents[2] / "scripts" / "download_data.py"
 TEXT = b"Speak, speak. " * 10

@@ -1,13 +1,14 @@
-import os
 import hashlib
+import os
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
+from torch import Tensor
+
 from pnorm_decay.data import DataError, PydocTopics, TinyShakespeare, text
 from pnorm_decay.data.cache import cache_write
-from torch import Tensor
 
 CPU = torch.device("cpu")
 CONTENT = ("To be, or not to be, that is the question:\n" * 9 + "Ω").encode()

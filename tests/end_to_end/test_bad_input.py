@@ -65,6 +65,11 @@ TRIED = [
     ("+tariner.steps=1", 'tariner={"steps": 1}: no such setting'),
     ("model._target_=no.such.Class", "model._target_=no.such.Class: cannot be found"),
     ("model._target_=math.pi", "model._target_=math.pi: must be a class or a function"),
+    ("data._target_=torch.zeros", "data._target_: zeros does not tell its options"),
+    ("decay_schedule=p_ramp decay_schedule.option=betas", "option=betas: must be an option of num"),
+    ("decay_schedule=p_ramp decay_schedule.option=foreach", "must be an option of numbers"),
+    ("decay_schedule=p_ramp decay_schedule.option=params", "must be an option of numbers"),
+    ("decay_schedule=p_ramp decay_schedule.option=lr", "that is what schedule=... is for"),
     # Out of range.
     ("seed=-1", "seed=-1: must be a whole number from 0 to 4294967295"),
     ("seed=4294967296", "seed=4294967296: must be a whole number from 0 to 4294967295"),
@@ -83,6 +88,7 @@ TRIED = [
     ("model.width=100000000000000000000000", "model: "),
     ("trainer.batch_size=100000000000", f"trainer.batch_size=100000000000: {COUNT}"),
     ("trainer.epochs=1e300", "trainer.epochs=1e+300: must be a positive number or null"),
+    ("trainer.threads=4096", "trainer.threads=4096: must be at most "),
     # Folders.
     ("runs_dir=''", "runs_dir=: must be a folder"),
     ("results_dir=''", "results_dir=: must be a folder"),
@@ -98,6 +104,7 @@ TRIED = [
     ("pruning.name=magnitude", "must have another name"),
     ("optimizer=l1 optimizer.p=0.5", "optimizer.p=0.5: l1 has p=1"),
     ("pruning=oto decay_schedule=target_sparsity", "both make zeros; use one of them"),
+    ("experiment=demo/nanogpt_pydoc model.block_size=1000000", "data: block_size 1000000 is too"),
     ("logger.mode=loud", "logger.mode=loud: must be one of offline, online, disabled"),
 ]
 
@@ -105,8 +112,9 @@ TRIED = [
 @pytest.fixture
 def train(run_program, tmp_path):
     def train(*overrides: str):
+        experiment = [] if overrides[:1] and overrides[0].startswith("experiment") else [DIGITS]
         places = [f"runs_dir={tmp_path / 'runs'}", f"results_dir={tmp_path / 'results'}"]
-        return run_program(TRAIN, DIGITS, "logger=none", *places, *overrides)
+        return run_program(TRAIN, *experiment, "logger=none", *places, *overrides)
 
     return train
 

@@ -186,8 +186,10 @@ def test_a_run_is_done_once_at_a_time(run_program, places, tmp_path, monkeypatch
     thread.start()
     held.wait()
     sweep = run_program(TRAIN, "-m", DIGITS, *SHORT, *places, "hydra/launcher=basic")
-    assert sweep.code == 0
-    assert "left to the process that is doing it" in sweep.err
+    assert sweep.code == 2
+    last = sweep.err.splitlines()[-1]
+    assert last.startswith("error: ")
+    assert last.endswith("left to the process that is doing it")
     assert not path.exists()
 
     say = claiming.console.print
@@ -203,6 +205,28 @@ def test_a_run_is_done_once_at_a_time(run_program, places, tmp_path, monkeypatch
     assert single.code == 0
     assert "waiting for it" in single.err
     assert path.exists()
+
+
+def test_a_sweep_ends_when_its_runs_are_done_by_whatever_process(run_program, places, tmp_path):
+    """As after its main process was killed, whose workers may be saving still."""
+    assert run_program(TRAIN, DIGITS, *SHORT, *places).code == 0
+    (path,) = (tmp_path / "runs").glob("*/*/*/result.json")
+    path.unlink()
+    sweep = ["-m", DIGITS, *SHORT, *places, "seed=0,1", "hydra.launcher.n_jobs=1"]
+    lock = FileLock(tmp_path / "runs" / claiming.LOCKS / path.parent.name)
+    with (tmp_path / "log").open("wb") as log:
+        with lock:
+            command = [sys.executable, str(REPOSITORY / TRAIN), *sweep]
+            process = subprocess.Popen(command, stdout=log, stderr=log)
+            while not rows(tmp_path / "runs"):  # of the other run
+                assert process.poll() is None, (tmp_path / "log").read_text()
+                time.sleep(0.01)
+            assert not path.exists()
+        assert process.wait() == 0
+    assert path.exists()
+    said = (tmp_path / "log").read_text()
+    assert said.count("left to the process that is doing it") == 1
+    assert said.count("accuracy") == 2
 
 
 def test_a_full_disk_is_one_clear_line_and_loses_nothing(

@@ -174,13 +174,14 @@ def test_axes_are_labelled_with_the_values_themselves():
     assert [t.get_text() for t in ax.get_xticklabels()] == ["$10^{-4}$", "$10^{-3}$", "$10^{-2}$"]
 
 
-def test_runs_beside_the_grid_are_coloured_dots_and_bend_no_line():
+@pytest.mark.parametrize(("lambda_p", "lr"), [(3e-4, 1e-3), (1e-3, 3e-4)])
+def test_runs_beside_the_grid_are_coloured_dots_and_bend_no_line(lambda_p, lr):
     rows = grid(p=0.5, lambdas=(1e-4, 1e-3, 1e-2), lrs=(1e-4, 1e-3, 1e-2))
-    beside = [run(p=0.5, lambda_p=3e-4, lr=1e-3, accuracy=80.0, sparsity=0.9)]
+    beside = [run(p=0.5, lambda_p=lambda_p, lr=lr, accuracy=80.0, sparsity=0.9)]
     whole, more = (panels(contour_figure(experiment(r)))[0] for r in (rows, rows + beside))
     dots = [found for found in more.collections if isinstance(found, PathCollection)]
     assert np.concatenate([found.get_offsets() for found in dots]).tolist() == [
-        pytest.approx([np.log10(3e-4), -3])
+        pytest.approx([np.log10(lambda_p), np.log10(lr)])
     ]
     (straight,), (same,) = (contours(ax, filled=False) for ax in (whole, more))
     for before, after in zip(straight.allsegs, same.allsegs, strict=True):

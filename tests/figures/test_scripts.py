@@ -79,6 +79,16 @@ def test_a_bad_file_is_one_line_and_the_others_are_done(run_program, results, pr
 
 
 @pytest.mark.parametrize("program", [PLOT, TABLES])
+def test_what_cannot_be_compared_is_left_out_and_said(run_program, tmp_path, program):
+    wide = run(accuracy=99.0) | {"overrides": "model.n_embd=48"}
+    records.write(tmp_path / "demo" / "nanogpt_pydoc.csv", frame([*adamw(), run(), wide]))
+    fast = ["--format", "png"] if program == PLOT else []
+    done = run_program(program, "--results", str(tmp_path), *fast)
+    assert done.code == 0
+    assert "demo/nanogpt_pydoc without 1 run: model.n_embd=48 (1 run)" in done.out.splitlines()
+
+
+@pytest.mark.parametrize("program", [PLOT, TABLES])
 def test_nothing_recorded_is_one_line(run_program, tmp_path, program):
     done = run_program(program, "--results", str(tmp_path))
     assert done.code == 2

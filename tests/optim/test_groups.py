@@ -52,6 +52,23 @@ def test_a_step_decays_only_the_decayed_group() -> None:
     assert model.bias.tolist() == [1.0, 1.0]
 
 
+def test_the_undecayed_group_takes_no_decay_of_whatever_kind_from_the_optimizer() -> None:
+    decayed, undecayed = AdamPWD(
+        param_groups(network(), p=1, lambda_p=0.5), weight_decay=0.5, hold_zeros=True
+    ).param_groups
+    own = {"lambda_p": 0.0, "weight_decay": 0.0, "hold_zeros": False}
+    assert {name: undecayed[name] for name in own} == own
+    assert (decayed["weight_decay"], decayed["hold_zeros"]) == (0.5, True)
+
+
+@pytest.mark.parametrize(("p", "number"), [(1.9, 1), (2.0, 2), (3.0, 2)])
+def test_what_is_zero_is_excluded_where_it_could_never_move(p: float, number: int) -> None:
+    model = nn.Sequential(nn.Linear(2, 2, bias=False), nn.Linear(2, 2, bias=False))
+    nn.init.zeros_(model[0].weight)
+    decayed, undecayed = param_groups(model, p=p, lambda_p=1.0, zero_init="exclude")
+    assert (len(decayed["params"]), len(undecayed["params"])) == (number, 2 - number)
+
+
 def test_a_model_without_biases_gives_an_empty_group() -> None:
     groups = param_groups(nn.Linear(2, 2, bias=False), p=1, lambda_p=1.0)
     assert [len(group["params"]) for group in groups] == [1, 0]

@@ -28,6 +28,13 @@ def test_only_matrices_are_decayed():
     assert (decayed["weight_decay"], undecayed["weight_decay"]) == (0.5, 0.0)
 
 
+def test_undecayed_parameters_hold_no_zeros_and_are_stepped_as_in_the_recorded_runs():
+    model = nn.Sequential(nn.Linear(3, 4), nn.LayerNorm(4))
+    decayed, undecayed = build_optimizer(settings(hold_zeros=True), model).param_groups
+    assert (decayed["hold_zeros"], undecayed["hold_zeros"]) == (True, False)
+    assert (decayed["foreach"], undecayed["foreach"]) == (None, False)
+
+
 @pytest.mark.parametrize(
     ("options", "line"),
     [

@@ -33,7 +33,6 @@ PLACES = {
 # A change that is none, because the experiment's file has it.
 IS_SO_ALREADY = [("demo/resnet_digits", "trainer.channels_last=false")]
 IS_SO_ALREADY += [("demo/nanogpt_pydoc", "trainer.channels_last=true")]
-IS_SO_ALREADY += [("demo/nanogpt_pydoc", "schedule=constant")]  # its own final_fraction wins
 
 
 @cache
@@ -117,6 +116,15 @@ def test_the_larger_scales_are_what_they_were(experiment, sweep, monkeypatch):
     assert identity(resolved(cfg, experiment), label) == UNRECORDED[experiment, sweep]
 
 
+@pytest.mark.parametrize("scale", ["demo", "cpu", "wide", "paper"])
+@pytest.mark.parametrize(("choice", "last"), [("cosine", 0.1), ("constant", 1.0)])
+def test_a_schedule_is_what_it_says_whatever_the_experiment(scale, choice, last):
+    experiment = f"{scale}/nanogpt_" + ("pydoc" if scale == "demo" else "shakespeare")
+    of_choice = resolved(composed(experiment, f"schedule={choice}").copy(), experiment)
+    assert of_choice.schedule.options["final_fraction"] == last
+    assert of_choice.schedule.options["warmup_steps"] > 0
+
+
 def test_the_papers_setting_is_the_papers():
     text = resolved(composed("paper/nanogpt_shakespeare").copy(), "x/x").config
     images = resolved(composed("paper/resnet18_cifar10").copy(), "x/x").config
@@ -188,6 +196,16 @@ def test_how_and_where_a_run_is_done_does_not(change):
     plain = resolved(composed("demo/resnet_digits").copy(), "x/x")
     changed = resolved(composed("demo/resnet_digits", change).copy(), "x/x")
     assert identity(plain, "x") == identity(changed, "x")
+
+
+def test_a_run_is_known_by_the_precision_that_auto_stands_for(monkeypatch):
+    def of(precision: str, fast: bool) -> str:
+        monkeypatch.setattr(settings, "bf16_is_fast", lambda device: fast)
+        cfg = composed("demo/resnet_digits", f"trainer.precision={precision}").copy()
+        return identity(resolved(cfg, "x/x"), "x")
+
+    assert of("auto", fast=False) == of("fp32", fast=False) == of("fp32", fast=True)
+    assert of("auto", fast=True) != of("auto", fast=False)
 
 
 def test_the_data_and_where_they_lie():

@@ -79,10 +79,20 @@ def test_a_resumed_history_goes_on(tmp_path):
             assert [line["step"] for line in csv.DictReader(file)] == ["1", "2"]
 
 
-def test_the_run_is_closed_when_training_fails(tmp_path):
+def test_the_run_is_closed_when_training_fails_and_wandb_knows(tmp_path, monkeypatch):
+    ended, finish = [], wandb.Run.finish
+
+    def noted(self, exit_code=None, **options):
+        ended.append(exit_code)
+        finish(self, exit_code, **options)
+
+    monkeypatch.setattr(wandb.Run, "finish", noted)
     with pytest.raises(RuntimeError, match="broken"), tracker(tmp_path):
         raise RuntimeError("broken")
     assert wandb.run is None
+    with tracker(tmp_path):
+        pass
+    assert ended == [1, 0]
 
 
 def test_a_run_that_an_older_version_began_may_lack_columns(tmp_path):

@@ -12,7 +12,7 @@ from pnorm_decay.training import checkpoint
 from pnorm_decay.training.evaluation import cross_entropy, evaluate
 from pnorm_decay.training.machine import check_channels_last, make_accelerator
 from pnorm_decay.training.settings import ConfigError, TrainerSettings
-from pnorm_decay.training.trainer import restore_own
+from pnorm_decay.training.trainer import is_finite, restore_own
 
 CPU = torch.device("cpu")
 
@@ -67,3 +67,11 @@ def test_a_checkpoint_of_an_older_version_is_taken_up():
     expected = torch.rand(4)
     assert restore_own(state, make_accelerator(CPU, "fp32")) == 2.5
     assert torch.equal(torch.rand(4), expected)
+
+
+@pytest.mark.parametrize("loss", ["train_loss", "val_loss"])
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_a_run_diverges_by_either_loss(loss, value):
+    losses = {"train_loss": 1.0, "val_loss": 1.0}
+    assert is_finite(losses)
+    assert not is_finite(losses | {loss: value})

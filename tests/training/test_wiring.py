@@ -11,14 +11,16 @@ from typing import Any
 
 import pytest
 import torch
+from accelerate import Accelerator
 from torch import Tensor, nn
 
 from conftest import SHORT
 from pnorm_decay.baselines import OTO, MagnitudePruning
-from pnorm_decay.data import Digits, PydocTopics
+from pnorm_decay.data import CIFAR10, Digits, PydocTopics
+from pnorm_decay.data.cache import Images
 from pnorm_decay.models import GPT, ResNet18
 from pnorm_decay.sparsity import zero_fraction
-from pnorm_decay.training import checkpoint, evaluation
+from pnorm_decay.training import checkpoint, evaluation, trainer
 from pnorm_decay.training.evaluation import evaluate, final_metrics, training_loss
 from pnorm_decay.training.machine import make_accelerator
 from pnorm_decay.training.schedule import warmup_cosine
@@ -146,6 +148,77 @@ def test_the_gradient_is_clipped(train, watch, limit):
     assert norm_of_change(seen.weights, done.folder) == pytest.approx(limit, rel=1e-3)
 
 
+def test_a_step_does_its_parts_in_order(train, monkeypatch):
+    order = []
+
+    def note(owner: Any, name: str) -> None:
+        original = getattr(owner, name)
+
+        def noted(*args: Any, **options: Any) -> Any:
+            order.append(name)
+            return original(*args, **options)
+
+        monkeypatch.setattr(owner, name, noted)
+
+    parts = [(Accelerator, "backward"), (MagnitudePruning, "before_step")]
+    parts += [(Accelerator, "clip_grad_norm_"), (torch.optim.SGD, "step")]
+    parts += [(MagnitudePruning, "after_step"), (torch.optim.Optimizer, "zero_grad")]
+    for owner, name in parts:
+        note(owner, name)
+    train(*DIGITS, "optimizer=sgd", "pruning=magnitude", "trainer.clip_grad_norm=1")
+    assert order == 6 * [name for _, name in parts]
+
+
+def test_every_batch_is_of_the_runs_seed(train, monkeypatch):
+    seeds, original = set(), Digits.train_batch
+
+    def watched(self, step, batch_size, seed):
+        seeds.add(seed)
+        return original(self, step, batch_size, seed)
+
+    monkeypatch.setattr(Digits, "train_batch", watched)
+    # In training, to choose a threshold by and for new statistics.
+    train(*DIGITS, "seed=3", "optimizer=adamw", "pruning=spred")
+    assert seeds == {3}
+
+
+def test_checkpoints_are_written_as_often_as_asked(train, monkeypatch):
+    saved, now, original = [], [0.0], Digits.train_batch
+
+    def slow(self, *args):
+        now[0] += 25
+        return original(self, *args)
+
+    monkeypatch.setattr(Digits, "train_batch", slow)
+    monkeypatch.setattr(trainer.time, "monotonic", lambda: now[0])
+    monkeypatch.setattr(checkpoint, "save", lambda path, state: saved.append(state["step"]))
+    train(*DIGITS, "trainer.checkpoint_minutes=1")
+    assert saved == [3, 6]
+
+
+def test_compile_and_channels_last_do_what_they_say(train, monkeypatch):
+    compiled, formats, original = [], set(), ResNet18.forward
+
+    def watched(self, images):
+        for tensor in (images, self.conv1.weight):
+            formats.add(tensor.is_contiguous(memory_format=torch.channels_last))
+        return original(self, images)
+
+    def compile_(model):
+        compiled.append(model)
+        return model
+
+    monkeypatch.setattr(ResNet18, "forward", watched)
+    monkeypatch.setattr(torch, "compile", compile_)
+    colours = ["data=cifar10", "model.width=16", "trainer.steps=1", "trainer.channels_last=true"]
+    images = torch.zeros(20, 3, 32, 32, dtype=torch.uint8), torch.arange(20) % 10
+    statistics = torch.zeros(3), torch.ones(3)
+    monkeypatch.setattr(CIFAR10, "_load", lambda self: Images(*images, *images, *statistics))
+    train(*DIGITS, *colours, "trainer.batch_size=20", "trainer.compile=true")
+    assert len(compiled) == 1
+    assert formats == {True}
+
+
 def test_the_loss_is_the_mean_over_the_steps_since_the_last_evaluation(train, watch):
     seen = watch()
     done = train(*DIGITS, "trainer.steps=5", "optimizer.lr=0.01")
@@ -214,13 +287,13 @@ def test_the_zeroed_accuracy_is_that_without_the_small_weights(train, monkeypatc
     assert done.record["val_accuracy"] != pytest.approx(all_alike)
 
 
-def cut_off(monkeypatch, run_program, tmp_path, overrides) -> Path:
-    """The checkpoint of a run that was stopped after its fourth step."""
+def cut_off(monkeypatch, run_program, tmp_path, overrides, after: int = 4) -> Path:
+    """The checkpoint of a run that was stopped after some of its steps."""
     original = checkpoint.save
 
     def save_and_stop(path: Path, state: dict[str, Any]) -> None:
         original(path, state)
-        if state["step"] == 4:
+        if state["step"] == after:
             raise KeyboardInterrupt
 
     monkeypatch.setattr(checkpoint, "save", save_and_stop)
@@ -254,6 +327,16 @@ def test_a_text_run_with_dropout_goes_on_exactly(train, run_program, tmp_path, m
     models = [torch.load(done.folder / "model.pt", weights_only=True) for done in (whole, resumed)]
     for name, tensor in models[0].items():
         assert torch.equal(tensor, models[1][name]), name
+
+
+def test_a_run_goes_on_with_the_evaluation_that_was_due(train, run_program, tmp_path, monkeypatch):
+    arguments = [*DIGITS, "trainer.checkpoint_minutes=1e-9"]
+    arguments += ["decay_schedule=lambda_p_warmup", "decay_schedule.end=1"]
+    whole = train(*arguments)
+    cut_off(monkeypatch, run_program, tmp_path, arguments, after=3)
+    resumed = train(*arguments, name="cut")
+    for row, expected in zip(resumed.history, whole.history, strict=True):
+        assert row | {"seconds": 0} == expected | {"seconds": 0}
 
 
 def test_the_seconds_of_a_run_are_those_of_all_its_parts(train, run_program, tmp_path, monkeypatch):

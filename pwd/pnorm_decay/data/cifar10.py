@@ -291,7 +291,7 @@ def _unpack_or_download(folder: Path, archive: Path) -> None:
         if archive.exists():
             raise DataError(f"cannot unpack {archive}: {error}") from error
         raise DataError(
-            f"cannot download {datasets.CIFAR10.url}: {getattr(error, 'reason', error)}\n"
+            f"cannot download {datasets.CIFAR10.url}: {getattr(error, 'reason', error)}. "
             f"Put that file at {archive}, or set {HOW_TO_POINT} to a local copy."
         ) from error
 

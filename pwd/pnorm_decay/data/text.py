@@ -264,7 +264,7 @@ class TinyShakespeare(TextDataset):
             content = download(self.URL, self.SHA256, self.LARGEST)
         except DataError as error:
             raise DataError(
-                f"{error}\nPut that file at {self.cached}, or set data.path=... "
+                f"{error}. Put that file at {self.cached}, or set data.path=... "
                 "(or the environment variable PNORM_SHAKESPEARE) to a local copy."
             ) from error
         with cache_write(self.cached) as file:

@@ -13,7 +13,7 @@ from pnorm_decay.deploy.generation import generate
 from pnorm_decay.deploy.inference import sparse_inference
 
 if TYPE_CHECKING:
-    from pnorm_decay.deploy.files import SparseFileError, load_sparse, save_sparse
+    from pnorm_decay.deploy.sparse_files import SparseFileError, load_sparse, save_sparse
 
 __all__ = [
     "ChannelGroup",
@@ -34,10 +34,10 @@ def __getattr__(name: str) -> Any:
     if name not in ("SparseFileError", "load_sparse", "save_sparse"):
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     try:
-        from pnorm_decay.deploy import files
+        from pnorm_decay.deploy import sparse_files
     except ModuleNotFoundError as error:
         if error.name not in ("numpy", "safetensors", "zstandard"):
             raise
         needed = f"{name} needs {error.name}: pip install 'pnorm-decay[deploy]'"
         raise ModuleNotFoundError(needed) from error
-    return getattr(files, name)
+    return getattr(sparse_files, name)

@@ -79,7 +79,7 @@ def saved_network(run_dir: Path) -> nn.Module:
         ConfigError: there is no finished run with a saved network, or it is damaged.
     """
     result = records.read_result(run_dir)
-    if result is None or not (run_dir / records.MODEL_FILE).exists():
+    if result is None or not (run_dir / records.MODEL_FILE).is_file():
         raise ConfigError(
             f"{run_dir} is no finished run with a saved network ({records.MODEL_FILE})"
         )

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from pnorm_decay.files import atomic_write
+from pnorm_decay.files import atomic_write, read_regular
 from pnorm_decay.training.progress import console
 
 CHECKPOINT_FILE = "checkpoint.pt"
@@ -63,7 +63,7 @@ def read(path: Path) -> dict[str, Any]:
         CheckpointError: the file was cut short or changed.
         OSError: it cannot be read.
     """
-    content = path.read_bytes()
+    content = read_regular(path)
     digest, content = content[:DIGEST_BYTES], content[DIGEST_BYTES:]
     if hashlib.sha256(content).digest() != digest:
         raise CheckpointError("its checksum is wrong")

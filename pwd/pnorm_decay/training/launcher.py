@@ -6,6 +6,8 @@ process does run after run, until one of them fails.
 - A process that is killed, by the out-of-memory killer for instance: its run is recorded as failed.
 - One that is asked to stop, where the sweep is not: it saves, and a new one goes on with its run.
 - A sweep that is asked to stop passes it on. When it is killed, its processes save and end.
+- A run that a process of another sweep is doing: it is looked at again once that process has ended
+  with it. What that one did not complete, this sweep does.
 
 (The pool of joblib, Hydra's launcher, ends with the first process that is killed, and takes runs of
 a process that was asked to stop for done. Submitit's local executor starts all runs at once.)
@@ -26,9 +28,11 @@ import threading
 from collections.abc import Sequence
 from dataclasses import dataclass
 from multiprocessing import resource_tracker
+from pathlib import Path
 from typing import Any
 
 import cloudpickle
+from filelock import FileLock, Timeout
 from hydra.core.singleton import Singleton
 from hydra.core.utils import JobReturn, JobStatus, run_job, setup_globals
 from hydra.types import HydraContext, TaskFunction
@@ -37,11 +41,13 @@ from omegaconf import DictConfig, open_dict
 from pnorm_decay.training import stopping
 from pnorm_decay.training.progress import TOTAL, console
 from pnorm_decay.training.provenance import git_commit
-from pnorm_decay.training.run import ProcessDiedError, RunError, record_lost
+from pnorm_decay.training.run import LeftError, ProcessDiedError, RunError, record_lost
 from pnorm_decay.training.settings import cores
 from pnorm_decay.training.tracking import LoggerError
 
 LOOK_SECONDS = 0.2  # between two looks at whether the sweep was asked to stop
+
+Job = tuple[int, Sequence[str]]  # a run's place in the sweep, and what it overrides
 
 git_commit()  # of the code that is loaded now, which processes forked from this one will run
 
@@ -166,12 +172,14 @@ def launch(
     setup_globals()
     common = cloudpickle.dumps((sweep, Singleton.get_state()))
     left = collections.deque(enumerate(overrides))
-    busy: dict[Worker, tuple[int, Sequence[str]]] = {}
+    busy: dict[Worker, Job] = {}
+    done_elsewhere: list[tuple[Path, Job]] = []  # with the locks that tell how long
     ended: dict[int, JobReturn] = {}
     at_once = cores() if at_once == -1 else max(1, at_once)
     told = False  # the workers, to stop
     try:
-        while busy or (left and not stopping.requested()):
+        while busy or ((left or done_elsewhere) and not stopping.requested()):
+            left.extend(_take_free(done_elsewhere))
             while left and len(busy) < at_once and not stopping.requested():
                 job = left.popleft()
                 busy[_start(common, first + job[0], job[1])] = job
@@ -191,7 +199,10 @@ def launch(
                         lost = functools.partial(record_lost, cause=error)
                         ended[job[0]] = sweep.run(first + job[0], job[1], lost)
                     continue
-                if result is not None:
+                lock = lock_of_another(result)
+                if lock is not None:
+                    done_elsewhere.append((lock, job))
+                elif result is not None:
                     ended[job[0]] = result
                 elif not stopping.requested():
                     left.appendleft(job)
@@ -201,7 +212,7 @@ def launch(
                     console.print(f"the other {len(left)} runs are left out, for the same reason")
                     left.clear()
                 # After a failure, such as a full memory, a process may not be what it was.
-                if result is not None and result.status == JobStatus.COMPLETED:
+                if lock or (result and result.status == JobStatus.COMPLETED):
                     _idle.append(worker)
                 else:
                     worker.close()
@@ -216,6 +227,22 @@ def launch(
 def logging_failed(ended: JobReturn) -> bool:
     """Whether a run failed because W&B cannot be used, which takes a minute to find out."""
     return isinstance(ended._return_value, LoggerError)
+
+
+def lock_of_another(ended: JobReturn | None) -> Path | None:
+    """The lock of a run that another process is doing, where that is why it was not done."""
+    error = ended and ended._return_value
+    return error.lock if isinstance(error, LeftError) else None
+
+
+def _take_free(waiting: list[tuple[Path, Job]]) -> list[Job]:
+    """Takes out the jobs whose locks no process holds now."""
+    free = []
+    for lock, job in list(waiting):
+        with contextlib.suppress(Timeout), FileLock(lock, timeout=0):
+            waiting.remove((lock, job))
+            free.append(job)
+    return free
 
 
 def _start(common: bytes, number: int, overrides: Sequence[str]) -> Worker:

@@ -40,6 +40,22 @@ class RunError(RuntimeError):
     """A run ended in an error that nobody foresaw; the message says where its details are."""
 
 
+class LeftError(RunError):
+    """Another process is doing a run of a sweep, which does not wait for it.
+
+    Args:
+        message: names the run.
+        lock: the file that the other process holds a lock of.
+    """
+
+    def __init__(self, message: str, lock: Path) -> None:
+        super().__init__(message, lock)
+        self.lock = lock
+
+    def __str__(self) -> str:
+        return str(self.args[0])
+
+
 class ProcessDiedError(RuntimeError):
     """The process of a run ended before the run; the message says how."""
 
@@ -92,13 +108,13 @@ def run(cfg: DictConfig) -> dict[str, Any] | None:
         cfg: the composed config, see `configs/train.yaml`.
 
     Returns:
-        The run's record, see ``records.COLUMNS``; None for a run of a sweep that another process
-        is doing, and for one that ``repeat_best`` leaves out.
+        The run's record, see ``records.COLUMNS``; None for one that ``repeat_best`` leaves out.
 
     Raises:
         ConfigError: a value is out of range or options do not go together.
         DataError: the data set is missing or broken.
         OSError: the run's folder cannot be written; no finished run is lost.
+        LeftError: of a sweep: another process is doing the run.
         RunError: anything else went wrong; the failure is recorded.
         Stopped: the process was asked to stop, and the run's state is saved.
     """
@@ -108,6 +124,8 @@ def run(cfg: DictConfig) -> dict[str, Any] | None:
         settings = Settings.from_config(cfg)
         name = f"{run_name(settings)}: "
         return _run(Run(settings, build_data(settings)))
+    except LeftError:
+        raise
     except Exception as error:
         if in_sweep():  # Hydra would tell of it only when the whole sweep has ended
             cause = error.__cause__ if isinstance(error, RunError) else error
@@ -129,7 +147,8 @@ def _run(run: Run) -> dict[str, Any] | None:
 
     device = own_gpu(settings.trainer.resolve_device())
     accelerator = make_accelerator(device, settings.trainer.resolve_precision(device))
-    with claimed(Path(settings.runs_dir) / LOCKS / run.id, accelerator) as is_ours:
+    lock = Path(settings.runs_dir) / LOCKS / run.id
+    with claimed(lock, accelerator) as is_ours:
         record = finished_record(run)  # while this process waited
         if record is None and is_ours:
             try:
@@ -141,7 +160,9 @@ def _run(run: Run) -> dict[str, Any] | None:
                 where = run.folder / records.FAILURE_FILE
                 raise RunError(f"{run.name}: {reason_of(error)} (see {where})") from error
         elif record is None:
-            console.print(f"{sweep_position()}{run.name}: left to the process that is doing it")
+            left = f"{run.name}: left to the process that is doing it"
+            console.print(f"{sweep_position()}{left}")
+            raise LeftError(left, lock)
     return record
 
 
@@ -200,6 +221,7 @@ def finished_record(run: Run) -> dict[str, Any] | None:
     """The record of a run that is already complete, from its folder or the recorded rows."""
     result = records.read_result(run.folder)
     if result is not None:
+        records.check_owner(run.folder, result, run.id)
         return result["record"]
     if run.settings.skip_recorded and run.recorded.exists():
         rows = records.read(run.recorded)

@@ -7,6 +7,7 @@ from functools import partial
 from typing import Self
 
 from pydantic import Field, model_validator
+from torch import Tensor
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
@@ -118,6 +119,11 @@ class DecaySchedule(Way):
         """The scheduler for a run of ``steps``, or none."""
         if self.option is None:
             return []
+        if self.option == "lr":
+            raise ConfigError("decay_schedule.option=lr: that is what schedule=... is for")
+        values = [g[self.option] for g in optimizer.param_groups if self.option in g]
+        if not all(map(is_number, values)):
+            raise ConfigError(f"decay_schedule.option={self.option}: must be an option of numbers")
         begin = round(self.begin * steps)
         length = max(1, round(self.end * steps) - begin)
         way = ramp(self.start, length, begin)
@@ -132,6 +138,11 @@ class DecaySchedule(Way):
             raise ConfigError(
                 f"decay_schedule.option={self.option}: the optimizer has no such option"
             ) from error
+
+
+def is_number(value: object) -> bool:
+    """Whether a value is a number; True and False are not."""
+    return isinstance(value, int | float | Tensor) and not isinstance(value, bool)
 
 
 class TargetSchedule(Way):

@@ -17,6 +17,7 @@ from omegaconf import DictConfig, OmegaConf
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError, model_validator
 from pydantic.errors import PydanticSchemaGenerationError, PydanticUndefinedAnnotation
 
+MOST_THREADS_A_CORE = 16
 LARGEST = 2**31 - 1  # of a whole number; a larger one is a slip, and some libraries overflow
 # What a value may be, as a message says it after "must be".
 COUNT = f"a whole number from 1 to {LARGEST}"
@@ -162,7 +163,11 @@ def check_signature(
     """Raises a ConfigError unless ``options`` are arguments of ``kind``, of the right types."""
     if inspect.isclass(kind) and issubclass(kind, BaseModel):
         return  # it says more about its fields when it is made
-    parameters = inspect.signature(kind).parameters
+    title = getattr(kind, "__name__", str(kind))
+    try:
+        parameters = inspect.signature(kind).parameters
+    except ValueError:  # of a function in C, which does not tell
+        raise ConfigError(f"{group}._target_: {title} does not tell its options") from None
     others = inspect.Parameter.VAR_KEYWORD in {p.kind for p in parameters.values()}
     named = {
         name: parameter
@@ -172,7 +177,6 @@ def check_signature(
     for name, value in options.items():
         if name in later or (name not in named and not others):
             known = ", ".join(sorted(named.keys() - later)) or "none"
-            title = getattr(kind, "__name__", str(kind))
             raise ConfigError(
                 f"{group}.{name}={shown(value)}: {title} has no such option; there are {known}"
             )
@@ -422,14 +426,22 @@ class TrainerSettings(Checked):
     def resolve_threads(self, workers: int) -> int:
         """CPU threads of this process, given how many work beside each other."""
         if self.threads != "auto":
-            return int(self.threads)
+            return bearable(int(self.threads), "trainer.threads")
         given = os.environ.get("OMP_NUM_THREADS", "").strip()  # by a cluster or torchrun
         if not given:
             return max(1, cores() // workers)
         first = given.partition(",")[0].strip()  # a list has a number for each level of nesting
         if not first.isdecimal() or int(first) == 0:
             raise ConfigError(f"OMP_NUM_THREADS={shown(given)}: must be a positive whole number")
-        return int(first)
+        return bearable(int(first), "OMP_NUM_THREADS")
+
+
+def bearable(threads: int, key: str) -> int:
+    """A number of threads; a ConfigError where it would bring the machine to a standstill."""
+    most = MOST_THREADS_A_CORE * (os.cpu_count() or 1)
+    if threads > most:
+        raise ConfigError(f"{key}={threads}: must be at most {most} on this machine")
+    return threads
 
 
 class Settings(Checked):
@@ -444,7 +456,7 @@ class Settings(Checked):
         results_dir: where recorded rows are.
         skip_recorded: whether a run with a recorded row is done.
         repeat_best: whether only runs are done whose seed 0 is recorded as a best one.
-        betas, target_end, grid, point: what other values refer to.
+        betas, target_end, final_fraction, grid, point: what other values refer to.
         sweeps, repeat_seeds: what `sweep.py` does.
     """
 
@@ -480,6 +492,7 @@ class Settings(Checked):
     logger: LoggerSettings = Field(description="a choice of logger=...")
     betas: Any = None
     target_end: Any = None
+    final_fraction: Any = None
     grid: dict[str, Any] = Field(default_factory=dict, description="values that sweeps refer to")
     point: dict[str, Any] = Field(default_factory=dict, description="values of one point")
     sweeps: list[str] = Field(default_factory=list, description="a list of sweeps")

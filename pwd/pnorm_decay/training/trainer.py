@@ -91,7 +91,10 @@ class Training:
         self.method = building.build_method(settings)
         building.check_optimizer(settings.optimizer)
         check_share(self.settings.batch_size, accelerator.num_processes)
-        data.setup(accelerator.device)
+        try:
+            data.setup(accelerator.device)
+        except ValueError as error:
+            raise building.config_error("data", error) from error
 
         building.check_memory(settings, data)
         set_seed(self.seed)

@@ -22,7 +22,7 @@ from torch import nn
 from torch.distributed.fsdp import fully_shard
 
 from conftest import REPOSITORY
-from pnorm_decay.deploy import SparseFileError, files, load_sparse, save_sparse
+from pnorm_decay.deploy import SparseFileError, load_sparse, save_sparse, sparse_files
 from pnorm_decay.models import GPT, ResNet18
 
 FLOATS = [torch.float32, torch.float64, torch.float16, torch.bfloat16]
@@ -306,7 +306,7 @@ def test_any_changed_byte_is_found(small_file, tmp_path):
         (b"PK\x03\x04" + bytes(100), "no safetensors file"),
         (struct.pack("<Q", 2**60) + b"{}", "no safetensors file"),
         (safetensors.torch.save({"a": torch.zeros(2)}), "none that save_sparse wrote"),
-        (safetensors.torch.save({}, {"format": files.FORMAT, "version": "9"}), "version 9"),
+        (safetensors.torch.save({}, {"format": sparse_files.FORMAT, "version": "9"}), "version 9"),
     ],
     ids=["empty", "zip", "huge header", "another writer", "newer version"],
 )
@@ -329,8 +329,8 @@ def described(path) -> dict:
 def forge(path, index: bytes, data: bytes = b"") -> None:
     """A file with the right checksum of its index, from a stranger who means harm."""
     metadata = {
-        "format": files.FORMAT,
-        "version": files.VERSION,
+        "format": sparse_files.FORMAT,
+        "version": sparse_files.VERSION,
         "index_crc32": str(zlib.crc32(index)),
     }
     arrays = {"index": index, "data": data}
@@ -431,7 +431,7 @@ def test_an_index_of_another_form(tmp_path, name):
 @pytest.mark.parametrize("name", ["index", "data"])
 def test_an_array_that_is_missing_or_none_of_bytes(tmp_path, name):
     save_sparse({"w": torch.zeros(0)}, tmp_path / "x")
-    metadata = {"format": files.FORMAT, "version": files.VERSION}
+    metadata = {"format": sparse_files.FORMAT, "version": sparse_files.VERSION}
     metadata["index_crc32"] = str(zlib.crc32(as_index({})))
     arrays = {"index": torch.tensor(list(as_index({})), dtype=torch.uint8), "data": torch.zeros(0)}
     del arrays[name]
