@@ -1,6 +1,7 @@
 """Adds finished runs to results/<scale>/<name>.csv, one row a run.
 
-What is recorded stays as it is, unless --replace or --anew says otherwise. Of each experiment it
+What is recorded stays as it is, unless --replace or --anew says otherwise. A folder whose record
+cannot be read is named and left out; with --anew nothing is written then. Of each experiment it
 also keeps how the weights of some runs evolved, results/<scale>/weights/: for each p those of the
 most accurate pWD run of sparsity 0.9 or more.
 """
@@ -27,8 +28,8 @@ console = Console(highlight=False, soft_wrap=True)
 
 def collect(
     runs: Path, results: Path, scale: str | None, *, replace: bool = False, anew: bool = False
-) -> list[Path]:
-    """Writes the finished runs below ``runs`` into results files and returns their paths.
+) -> tuple[list[Path], list[records.RecordError]]:
+    """Writes the finished runs below ``runs`` into results files.
 
     Args:
         runs: the folder of run folders.
@@ -38,13 +39,22 @@ def collect(
             otherwise only runs are added that are not recorded, or recorded as failed.
         anew: whether the files then hold these runs alone.
 
+    Returns:
+        The files written, and what is wrong with the records that are left out. With ``anew``,
+        which would lose the rows of these, nothing is written where there are any.
+
     Raises:
-        RecordError: a result or a results file is broken; nothing is written.
+        RecordError: there is no such folder, or a results file is broken; nothing is written.
     """
+    if not runs.is_dir():
+        raise records.RecordError(f"there is no folder {runs}; --runs says where the runs are")
+    broken: list[records.RecordError] = []
     rows = defaultdict(list)
-    for run_scale, name, result in records.recorded_runs(runs):
+    for run_scale, name, result in records.recorded_runs(runs, broken):
         if scale in (None, run_scale):
             rows[run_scale, name].append(result["record"])
+    if broken and anew:
+        return [], broken
     paths = {key: results / key[0] / f"{key[1]}.csv" for key in rows}
     # All are read before anything is written.
     recorded = {key: records.read(path) for key, path in paths.items() if path.exists()}
@@ -63,7 +73,7 @@ def collect(
             console.print(f"  {gone} recorded runs are not in {runs}/ and went (--anew)")
         written.append(path)
         keep_weights(runs / run_scale / name, frame, results / run_scale / "weights")
-    return written
+    return written, broken
 
 
 def keep_weights(runs: Path, frame: pd.DataFrame, folder: Path) -> None:
@@ -107,7 +117,7 @@ def main() -> None:
     )
     arguments = parser.parse_args()
     try:
-        written = collect(
+        written, broken = collect(
             arguments.runs,
             arguments.results,
             arguments.scale,
@@ -116,6 +126,12 @@ def main() -> None:
         )
     except (records.RecordError, OSError) as error:
         console.print(f"error: {error}", markup=False)
+        sys.exit(2)
+    for unreadable in broken:
+        console.print(f"error: {unreadable}", markup=False)
+    if broken:
+        if arguments.anew:
+            console.print("nothing is written: --anew would lose the rows of these runs")
         sys.exit(2)
     if not written:
         of_scale = f" of scale {arguments.scale}" if arguments.scale else ""

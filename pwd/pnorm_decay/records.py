@@ -125,16 +125,36 @@ def read_result(run_dir: Path, file: str = RESULT_FILE) -> dict[str, Any] | None
     if not isinstance(record, dict):
         raise RecordError(f"{path} holds no record; delete it to run again")
     try:
-        parse_row({name: "" if value is None else str(value) for name, value in record.items()})
+        row = {name: "" if value is None else str(value) for name, value in record.items()}
+        return result | {"record": record | parse_row(row)}
     except ValueError as error:
         raise RecordError(f"{path}: {error}; delete it to run again") from None
-    return result
 
 
-def recorded_runs(runs: Path) -> Iterator[tuple[str, str, dict[str, Any]]]:
-    """Every run below ``runs`` that ended, failed ones too: (scale, name, result) by path."""
+def recorded_runs(
+    runs: Path, broken: list[RecordError] | None = None
+) -> Iterator[tuple[str, str, dict[str, Any]]]:
+    """Every run below ``runs`` that ended, failed ones too: (scale, name, result) by path.
+
+    Args:
+        runs: the folder of run folders.
+        broken: takes what is wrong with the folders that are left out.
+
+    Raises:
+        RecordError: a record cannot be read or stands in another run's folder, and there is no
+            ``broken``.
+    """
     for run_dir in sorted(path for path in runs.glob("*/*/*") if path.is_dir()):
-        result = read_result(run_dir) or read_result(run_dir, FAILURE_FILE)
+        try:
+            result = read_result(run_dir) or read_result(run_dir, FAILURE_FILE)
+            if result is not None and result["record"]["run_id"] != run_dir.name:
+                run_id = result["record"]["run_id"]
+                raise RecordError(f"{run_dir} holds the record of another run, {run_id}")
+        except RecordError as error:
+            if broken is None:
+                raise
+            broken.append(error)
+            continue
         if result is not None:
             yield run_dir.parts[-3], run_dir.parts[-2], result
 

@@ -62,17 +62,50 @@ def test_one_scale_alone(run_program, places, tmp_path):
     assert not (tmp_path / "results" / "demo").exists()
 
 
-def test_nothing_to_collect_is_said(run_program, places):
+def test_nothing_to_collect_is_said(run_program, places, tmp_path):
+    (tmp_path / "runs").mkdir()
     done = run_program(COLLECT, *places)
     assert done.code == 0
     assert "no finished runs" in done.out
 
 
-def test_a_broken_result_is_named(run_program, places, tmp_path):
-    (finish(tmp_path, "demo", "a") / "result.json").write_text("{")
+def test_a_folder_that_is_not_there_is_an_error(run_program):
+    done = run_program(COLLECT, "--runs", "nowhere")
+    assert done.code == 2
+    assert "error: there is no folder nowhere" in done.out
+
+
+def damage(folder, how):
+    path = folder / "result.json"
+    if how == "copied":
+        shutil.copytree(folder, folder.with_name("a_copy"))
+        return "a_copy"
+    if how == "list":
+        path.write_text(path.read_text().replace('"seed": null', '"seed": [0, 1]'))
+    else:
+        path.write_text(how)
+    return str(path)
+
+
+@pytest.mark.parametrize("how", ["", "{", "[]", '{"record": {}}', "list", "copied"])
+def test_broken_results_are_named_and_the_others_recorded(run_program, places, tmp_path, how):
+    named = damage(finish(tmp_path, "demo", "a"), how)
+    finish(tmp_path, "demo", "b")
+    anew = run_program(COLLECT, *places, "--anew")
+    assert anew.code == 2
+    assert "nothing is written" in anew.out
+    assert not (tmp_path / "results").exists()
     done = run_program(COLLECT, *places)
     assert done.code == 2
-    assert "result.json" in done.out
+    assert named in done.out
+    assert len([line for line in done.out.splitlines() if line.startswith("error: ")]) == 1
+    assert ids(tmp_path, "demo") == (["a", "b"] if how == "copied" else ["b"])
+
+
+def test_values_in_quotes_are_recorded_as_the_numbers_that_they_are(run_program, places, tmp_path):
+    finish(tmp_path, "demo", "a", seed="1", lr="0.5")
+    assert run_program(COLLECT, *places).code == 0
+    assert rates(tmp_path, "demo") == {"a": 0.5}
 
 
 def sparse_run(tmp_path, run_id, p, sparsity, accuracy):
