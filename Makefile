@@ -6,8 +6,12 @@ UV_VERSION := 0.13.9
 
 SCALE ?= demo
 NOTEBOOKS ?= cache
-# A demo sweep is done again on every machine, whole, and its rows are that machine's own.
-COLLECT := $(if $(filter demo,$(SCALE)),--anew)
+# What figures, tables and the explorer are made of.
+DRAWN_BY := $(wildcard scripts/plot.py scripts/tables.py scripts/explorer.py experiments/toy.py \
+	pwd/pnorm_decay/*.py pwd/pnorm_decay/figures/*) $(READY)
+DRAWN_FROM = $(wildcard $(foreach scale,demo cpu wide paper,results/$(scale)/*.csv \
+	results/$(scale)/weights/*.csv) results/bench/inference.csv)
+DRAWN := results/figures/.drawn
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
@@ -35,17 +39,21 @@ data: $(READY) ## fetch CIFAR-10 and Tiny Shakespeare into data/
 	$(BIN)/python scripts/download_data.py
 
 sweep: $(READY) ## run what is missing of the SCALE sweeps (demo, cpu or paper) and record it
-	$(BIN)/python experiments/sweep.py $(SCALE)
-	$(BIN)/python scripts/collect.py --scale $(SCALE) $(COLLECT)
-	$(BIN)/python experiments/sweep.py $(SCALE) --repeat-best
-	$(BIN)/python scripts/collect.py --scale $(SCALE) $(COLLECT)
+	$(BIN)/python experiments/sweep.py $(SCALE) --record
 
 figures: $(READY) ## draw every figure and table from results/*/*.csv
 	$(BIN)/python experiments/toy.py
 	$(BIN)/python scripts/plot.py
 	$(BIN)/python scripts/tables.py
 
-reproduce-figures: sweep figures explorer ## the main job: sweep, then figures (SCALE=demo, cpu or paper)
+reproduce-figures: sweep ## the main job: sweep, then what is out of date of the figures (SCALE=demo, cpu or paper)
+	@$(MAKE) --no-print-directory $(DRAWN) # anew, for the sweep has written what it depends on
+	@test -e results/explorer.html || $(MAKE) --no-print-directory explorer
+	@echo "Figures are in results/figures, tables in results/tables, all runs in results/explorer.html"
+
+$(DRAWN): $(DRAWN_FROM) $(DRAWN_BY)
+	@$(MAKE) --no-print-directory figures explorer
+	@touch $@
 
 explorer: $(READY) ## write results/explorer.html: all recorded runs, to choose from and to look at
 	$(BIN)/python scripts/explorer.py

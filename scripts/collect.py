@@ -18,7 +18,7 @@ from rich.console import Console
 
 from pnorm_decay import records
 from pnorm_decay.figures import weights
-from pnorm_decay.files import write_text
+from pnorm_decay.files import write_changed
 from pnorm_decay.training.tracking import WEIGHTS_FILE
 
 SPARSE = 0.9
@@ -100,7 +100,7 @@ def keep_weights(runs: Path, frame: pd.DataFrame, folder: Path) -> None:
         elif earlier is not None:
             kept.append(earlier[earlier["run_id"] == run_id])
     if kept:
-        write_text(path, pd.concat(kept).to_csv(index=False, lineterminator="\n"))
+        write_changed(path, pd.concat(kept).to_csv(index=False, lineterminator="\n"))
 
 
 def main() -> None:

@@ -16,7 +16,7 @@ from typing import Any
 
 import pandas as pd
 
-from pnorm_decay.files import write_text
+from pnorm_decay.files import write_changed, write_text
 
 __all__ = [
     "COLUMNS",
@@ -316,5 +316,5 @@ def write(
         frame = pd.concat([old[~old["run_id"].isin(frame["run_id"])], frame])
     order = ["method", "p", "lambda_p", "lr", "seed", "run_id"]
     frame = frame.sort_values(order, kind="stable", ignore_index=True)
-    write_text(path, frame.to_csv(index=False, lineterminator="\n"))
+    write_changed(path, frame.to_csv(index=False, lineterminator="\n"))
     return frame

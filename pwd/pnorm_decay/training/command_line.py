@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import difflib
 import inspect
 import re
@@ -82,12 +83,12 @@ def unknown_key(key: str, words: Sequence[str], configs: Path) -> str:
     """Which keys of the config are most like one that there is not."""
     word = next((word for word in words if word.partition("=")[0] == key), key)
     groups = [w for w in words if (configs / w.partition("=")[0]).is_dir() and "," not in w]
-    try:
-        with initialize_config_dir(str(configs.resolve()), version_base="1.3"):
-            config = OmegaConf.to_container(compose("train", groups))
-    except HydraException:  # another word is wrong, too
-        config = {}
-    assert isinstance(config, dict)
+    config: Any = {}
+    with (
+        contextlib.suppress(HydraException),  # another word is wrong, too
+        initialize_config_dir(str(configs.resolve()), version_base="1.3"),
+    ):
+        config = OmegaConf.to_container(compose("train", groups))
     group, _, option = key.rpartition(".")
     owner = owner_of_option(config.get(group), option)
     if owner is not None:
