@@ -94,7 +94,9 @@ def run_sweeps(
     failed = []
     for path in experiments:
         repeats = repeats_of(path) if repeat_best else []
-        for sweep in [] if repeats is None else sweeps_of(path, sweeps):
+        if repeats is None:
+            continue
+        for sweep in sweeps_of(path, sweeps):
             if not run_sweep(path.parent.name, path.stem, sweep, [*repeats, *overrides]):
                 failed.append(f"{path.stem} {sweep}")
     if failed:
