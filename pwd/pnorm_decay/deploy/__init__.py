@@ -1,13 +1,7 @@
 """What zeros are worth once training is over: small files, small networks, fast inference."""
 
-try:
-    from pnorm_decay.deploy.files import SparseFileError, load_sparse, save_sparse
-except ModuleNotFoundError as error:
-    if error.name not in ("numpy", "safetensors", "zstandard"):
-        raise
-    raise ModuleNotFoundError(
-        f"pnorm_decay.deploy needs {error.name}: pip install 'pnorm-decay[deploy]'"
-    ) from error
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
 
 from pnorm_decay.deploy.compact import (
     ChannelGroup,
@@ -18,6 +12,9 @@ from pnorm_decay.deploy.compact import (
 )
 from pnorm_decay.deploy.generation import generate
 from pnorm_decay.deploy.inference import sparse_inference
+
+if TYPE_CHECKING:
+    from pnorm_decay.deploy.files import SparseFileError, load_sparse, save_sparse
 
 __all__ = [
     "ChannelGroup",
@@ -31,3 +28,17 @@ __all__ = [
     "save_sparse",
     "sparse_inference",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    """What sparse files need besides torch is imported with the first use of them."""
+    if name not in ("SparseFileError", "load_sparse", "save_sparse"):
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    try:
+        return getattr(import_module("pnorm_decay.deploy.files"), name)
+    except ModuleNotFoundError as error:
+        if error.name not in ("numpy", "safetensors", "zstandard"):
+            raise
+        raise ModuleNotFoundError(
+            f"{name} needs {error.name}: pip install 'pnorm-decay[deploy]'", name=error.name
+        ) from error
