@@ -3,12 +3,14 @@
 What is recorded stays as it is, unless --replace or --anew says otherwise. A folder whose record
 cannot be read is named and left out; with --anew nothing is written then. Of each experiment it
 also keeps how the weights of some runs evolved, results/<scale>/weights/: for each p those of the
-most accurate pWD run of sparsity 0.9 or more.
+most accurate pWD run of sparsity 0.9 or more. The learning curves of all recorded runs go into
+results/<scale>/curves/<name>.csv.gz.
 """
 
 from __future__ import annotations
 
 import argparse
+import math
 import sys
 from collections import defaultdict
 from pathlib import Path
@@ -19,7 +21,7 @@ from rich.console import Console
 from pnorm_decay import records
 from pnorm_decay.figures import weights
 from pnorm_decay.files import write_changed
-from pnorm_decay.training.tracking import WEIGHTS_FILE
+from pnorm_decay.training.tracking import METRICS_FILE, WEIGHTS_FILE
 
 SPARSE = 0.9
 
@@ -72,7 +74,10 @@ def collect(
         if gone:
             console.print(f"  {gone} recorded runs are not in {runs}/ and went (--anew)")
         written.append(path)
-        keep_weights(runs / run_scale / name, frame, results / run_scale / "weights")
+        of_experiment, folder = runs / run_scale / name, results / run_scale
+        keep_weights(of_experiment, frame, folder / "weights")
+        count = keep_curves(of_experiment, frame, folder / "curves" / f"{name}.csv.gz")
+        console.print(f"  learning curves of {count} of them are recorded")
     return written, broken
 
 
@@ -101,6 +106,27 @@ def keep_weights(runs: Path, frame: pd.DataFrame, folder: Path) -> None:
             kept.append(earlier[earlier["run_id"] == run_id])
     if kept:
         write_changed(path, pd.concat(kept).to_csv(index=False, lineterminator="\n"))
+
+
+def keep_curves(runs: Path, frame: pd.DataFrame, path: Path) -> int:
+    """Adds the learning curves of recorded runs to a file; of how many it then has them.
+
+    A curve that does not end in the recorded accuracy is of another doing of the run, on another
+    machine for instance, and is left out.
+
+    Args:
+        runs: the folder of the experiment's run folders.
+        frame: all recorded runs of the experiment.
+        path: the file.
+    """
+    curves = {}
+    for run_id, accuracy in zip(frame["run_id"], frame["val_accuracy"], strict=True):
+        of_run = runs / run_id / METRICS_FILE
+        if of_run.exists():
+            curve = records.read_table(of_run)
+            if math.isnan(accuracy) or float(curve["val_accuracy"].iloc[-1]) == accuracy:
+                curves[run_id] = curve
+    return records.write_curves(path, curves, frame["run_id"]) if curves or path.exists() else 0
 
 
 def main() -> None:

@@ -55,8 +55,8 @@ def test(wheel: Path, python: str, beside: list[str], folder: Path) -> None:
     environment = folder / f"python{python}"
     call(uv(), "venv", "--quiet", "--python", python, environment, cwd=folder)
     here = environment / ("Scripts" if os.name == "nt" else "bin") / "python"
-    install = [uv(), "pip", "install", "--quiet", "--python", here]
-    smoke = [here, ROOT / "scripts" / "smoke.py"]
+    install: list[str | Path] = [uv(), "pip", "install", "--quiet", "--python", here]
+    smoke: list[str | Path] = [here, ROOT / "scripts" / "smoke.py"]
     kept = str(folder / "compiled")  # what is compiled here is no other installation's
     call(*install, wheel, *beside, cwd=folder)
     call(*smoke, "--alone", cwd=folder, PNORM_DECAY_CACHE=kept)

@@ -7,24 +7,28 @@ figures and tables are made from, and what is committed.
 from __future__ import annotations
 
 import csv
+import gzip
 import io
 import json
 import math
-from collections.abc import Iterator, Mapping, Sequence
+import zlib
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
 
-from pnorm_decay.files import write_changed, write_text
+from pnorm_decay.files import atomic_write, write_changed, write_text
 
 __all__ = [
     "COLUMNS",
     "RecordError",
     "read",
+    "read_curves",
     "read_result",
     "recorded_runs",
     "write",
+    "write_curves",
     "write_failure",
     "write_result",
 ]
@@ -162,11 +166,16 @@ def recorded_runs(
 def read_table(path: Path) -> pd.DataFrame:
     """A CSV file as text: one row a line, its number (the header's is 1) as the index.
 
+    A file that ends in ".gz" is decompressed.
+
     Raises:
         RecordError: the file cannot be read, or is not a CSV table of UTF-8 text; with its line.
     """
     try:
-        text = path.read_bytes().decode("utf-8-sig")
+        content = path.read_bytes()
+        text = (gzip.decompress(content) if path.suffix == ".gz" else content).decode("utf-8-sig")
+    except (EOFError, zlib.error, gzip.BadGzipFile):
+        raise RecordError(f"{path} is cut off or damaged") from None
     except OSError as error:
         raise RecordError(f"cannot read {path}: {error.strerror or error}") from None
     except UnicodeDecodeError as error:
@@ -318,3 +327,44 @@ def write(
     frame = frame.sort_values(order, kind="stable", ignore_index=True)
     write_changed(path, frame.to_csv(index=False, lineterminator="\n"))
     return frame
+
+
+def read_curves(path: Path) -> pd.DataFrame:
+    """The learning curves of recorded runs, from ``results/<scale>/curves/<name>.csv.gz``.
+
+    Returns:
+        A row an evaluation: ``run_id``, and the numbers of the run's ``metrics.csv``: ``step``,
+        ``lr``, ``lambda_p`` where the method has one, ``train_loss`` and ``val_loss`` in nats,
+        ``val_accuracy`` in percent, ``sparsity``, ``zero_fraction``, ``seconds`` since the start.
+
+    Raises:
+        RecordError: the file cannot be read, or a value is no number; with its line.
+    """
+    return read_numbers(path, texts=["run_id"])
+
+
+def write_curves(path: Path, curves: Mapping[str, pd.DataFrame], runs: Iterable[str]) -> int:
+    """Adds learning curves to those in a file, and removes those of other than some runs.
+
+    The same curves make the same file, and a file that would hold the same stays untouched.
+
+    Args:
+        path: ``results/<scale>/curves/<name>.csv.gz``.
+        curves: run id -> the table of the run's ``metrics.csv``, see ``read_table``.
+        runs: the runs whose curves may be in the file.
+
+    Returns:
+        Of how many runs the file now holds curves.
+    """
+    before = read_table(path) if path.exists() else pd.DataFrame({"run_id": []})
+    kept = before[before["run_id"].isin(list(runs)) & ~before["run_id"].isin(list(curves))]
+    new = [curve.assign(run_id=run_id) for run_id, curve in curves.items()]
+    whole = pd.concat([kept, *new]).sort_values("run_id", kind="stable", ignore_index=True)
+    first = {"run_id": 0, "step": 1}
+    columns = sorted(whole.columns, key=lambda name: (first.get(name, 2), name))
+    whole = whole[columns].fillna("")
+    if not whole.equals(before.reset_index(drop=True)):
+        text = whole.to_csv(index=False, lineterminator="\n")
+        with atomic_write(path) as file:
+            file.write(gzip.compress(text.encode(), mtime=0))
+    return int(whole["run_id"].nunique())

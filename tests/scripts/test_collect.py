@@ -129,3 +129,42 @@ def test_the_weights_of_the_best_sparse_run_of_each_p_are_kept(run_program, plac
     shutil.rmtree(elsewhere)  # the next machine does not have it
     assert run_program(COLLECT, *places).code == 0
     assert kept.read_text() == expected
+
+
+def with_curve(tmp_path, run_id, *accuracies, recorded=None, header="step,val_accuracy"):
+    folder = finish(
+        tmp_path, "cpu", run_id, val_accuracy=accuracies[-1] if recorded is None else recorded
+    )
+    lines = [f"{10 * (n + 1)},{accuracy}" for n, accuracy in enumerate(accuracies)]
+    (folder / "metrics.csv").write_text("\n".join([header, *lines]) + "\n")
+    return folder
+
+
+def test_learning_curves_are_kept_by_run(run_program, places, tmp_path):
+    gone = with_curve(tmp_path, "b", 10.0, 20.5)
+    path = tmp_path / "results" / "cpu" / "curves" / "digits.csv.gz"
+    assert run_program(COLLECT, *places).code == 0
+    shutil.rmtree(gone)  # the next machine does not have it
+    with_curve(tmp_path, "c", 10.0, 30.0, recorded=31.0)  # another doing of it is recorded
+    with_curve(tmp_path, "a", 40.0, header="lr,val_accuracy")
+    done = run_program(COLLECT, *places)
+    assert "learning curves of 2 of them" in done.out
+    curves = records.read_curves(path)
+    assert list(curves["run_id"]) == ["a", "b", "b"]
+    assert list(curves["val_accuracy"]) == [40.0, 10.0, 20.5]
+    assert curves["step"].isna().tolist() == [True, False, False]
+    content, written = path.read_bytes(), path.stat().st_mtime_ns
+    assert run_program(COLLECT, *places).code == 0
+    assert path.stat().st_mtime_ns == written
+    path.unlink()
+    with_curve(tmp_path, "b", 10.0, 20.5)
+    assert run_program(COLLECT, *places).code == 0
+    assert path.read_bytes() == content  # whatever the time and the order
+
+    shutil.rmtree(tmp_path / "runs" / "cpu" / "digits" / "a")
+    assert run_program(COLLECT, *places, "--anew").code == 0
+    assert set(records.read_curves(path)["run_id"]) == {"b"}
+    path.write_bytes(content[:-9])
+    damaged = run_program(COLLECT, *places)
+    assert damaged.code == 2
+    assert f"error: {path} is cut off or damaged" in damaged.out
