@@ -6,12 +6,16 @@ UV_VERSION := 0.13.9
 
 SCALE ?= demo
 NOTEBOOKS ?= cache
-# A demo sweep is done again on every machine, whole, and its rows are that machine's own.
-COLLECT := $(if $(filter demo,$(SCALE)),--anew)
+# What figures, tables and the explorer are made of.
+DRAWN_BY := $(wildcard scripts/plot.py scripts/tables.py scripts/explorer.py experiments/toy.py \
+	pwd/pnorm_decay/*.py pwd/pnorm_decay/figures/*) $(READY)
+DRAWN_FROM = $(wildcard $(foreach scale,demo cpu wide paper,results/$(scale)/*.csv \
+	results/$(scale)/weights/*.csv) results/bench/inference.csv)
+DRAWN := results/figures/.drawn
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help setup lock data sweep figures explorer verify reproduce-figures bench bench-optimizer bench-training bench-sweep bench-files bench-compact bench-inference dashboard sync soak test test-ray notebooks run-notebooks docs lint clean
+.PHONY: help setup lock data sweep figures explorer verify reproduce-figures bench bench-optimizer bench-training bench-sweep bench-files bench-compact bench-inference dashboard sync soak test test-ray test-wheel notebooks run-notebooks docs lint clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-18s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -35,17 +39,21 @@ data: $(READY) ## fetch CIFAR-10 and Tiny Shakespeare into data/
 	$(BIN)/python scripts/download_data.py
 
 sweep: $(READY) ## run what is missing of the SCALE sweeps (demo, cpu or paper) and record it
-	$(BIN)/python experiments/sweep.py $(SCALE)
-	$(BIN)/python scripts/collect.py --scale $(SCALE) $(COLLECT)
-	$(BIN)/python experiments/sweep.py $(SCALE) --repeat-best
-	$(BIN)/python scripts/collect.py --scale $(SCALE) $(COLLECT)
+	$(BIN)/python experiments/sweep.py $(SCALE) --record
 
 figures: $(READY) ## draw every figure and table from results/*/*.csv
 	$(BIN)/python experiments/toy.py
 	$(BIN)/python scripts/plot.py
 	$(BIN)/python scripts/tables.py
 
-reproduce-figures: sweep figures explorer ## the main job: sweep, then figures (SCALE=demo, cpu or paper)
+reproduce-figures: sweep ## the main job: sweep, then what is out of date of the figures (SCALE=demo, cpu or paper)
+	@$(MAKE) -s --no-print-directory $(DRAWN) # anew, for the sweep has written what it depends on
+	@test -e results/explorer.html || $(MAKE) -s --no-print-directory explorer
+	@echo "Figures are in results/figures, tables in results/tables, all runs in results/explorer.html"
+
+$(DRAWN): $(DRAWN_FROM) $(DRAWN_BY)
+	@$(MAKE) -s --no-print-directory figures explorer
+	@touch $@
 
 explorer: $(READY) ## write results/explorer.html: all recorded runs, to choose from and to look at
 	$(BIN)/python scripts/explorer.py
@@ -90,6 +98,9 @@ test: $(READY) ## run the tests
 test-ray: $(READY) ## run the tests of the cluster launchers, with Ray, which .venv then holds as well
 	VIRTUAL_ENV=.venv $(BIN)/uv pip install --quiet hydra-ray-launcher
 	$(BIN)/python -m pytest -n 0 tests/end_to_end/test_clusters.py
+
+test-wheel: $(READY) ## build the wheel, try it with the oldest and the newest Python and torch (gigabytes; UV_TORCH_BACKEND=cpu: less)
+	$(BIN)/python scripts/try_wheel.py
 
 notebooks: $(READY) ## open the notebooks in JupyterLab, which .venv then holds as well
 	VIRTUAL_ENV=.venv $(BIN)/uv pip install --quiet jupyterlab

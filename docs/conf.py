@@ -28,6 +28,7 @@ PUBLIC = [  # every name in their __all__ is in the reference
     "pnorm_decay.optim",
     "pnorm_decay.records",
     "pnorm_decay.sparsity",
+    "pnorm_decay.training",
 ]
 
 html_theme = "furo"

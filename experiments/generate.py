@@ -25,7 +25,7 @@ from pnorm_decay.data import DataError, PydocTopics, TinyShakespeare
 from pnorm_decay.deploy import generate, load_sparse, sparse_inference
 from pnorm_decay.deploy.inference import SparseLinear
 from pnorm_decay.models.gpt import GPT
-from pnorm_decay.training.building import saved_network
+from pnorm_decay.training import load_run
 from pnorm_decay.training.settings import ConfigError
 
 
@@ -36,7 +36,7 @@ def network_of(path: Path, heads: int | None) -> GPT:
         ConfigError: there is none that writes text.
     """
     if path.is_dir():
-        network = saved_network(path)
+        network, _ = load_run(path)
         if not isinstance(network, GPT):
             raise ConfigError(f"{path} holds a {type(network).__name__}, which writes no text")
         return network

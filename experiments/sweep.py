@@ -3,13 +3,17 @@
     python experiments/sweep.py demo
     python experiments/sweep.py cpu --experiments nanogpt_shakespeare --sweeps pwd adamw
     python experiments/sweep.py cpu --repeat-best
+    python experiments/sweep.py demo --record
+
+--record records the runs by scripts/collect.py, does the best of them again as --repeat-best does,
+and records these, too; the rows of a demo sweep take the place of those that were recorded.
 
 --repeat-best does the best of the recorded runs again, with the seeds that the experiment's config
 names as repeat_seeds. What stands behind `--` goes to each sweep as it is, for instance
 `-- trainer.epochs=1`.
 
 It is one `experiments/train.py -m experiment=<scale>/<name> sweep=<sweep>` after another,
-in one process, which starts its workers once.
+in one process, which starts its workers once. A sweep whose runs are all complete is left out.
 """
 
 from __future__ import annotations
@@ -27,10 +31,12 @@ if __name__ == "__main__":
 
 from omegaconf import OmegaConf
 
+from pnorm_decay.training.completing import count_if_complete
 from pnorm_decay.training.progress import console
 
-TRAIN = Path(__file__).with_name("train.py")
+TRAIN = Path(__file__).resolve().with_name("train.py")
 CONFIGS = TRAIN.parents[1] / "configs"
+COLLECT = TRAIN.parents[1] / "scripts" / "collect.py"
 
 
 def read(experiment: Path) -> dict[str, Any]:
@@ -50,18 +56,67 @@ def repeats_of(experiment: Path) -> list[str] | None:
     return [f"seed={seeds}", "repeat_best=true"] if seeds else None
 
 
-def run_sweep(scale: str, name: str, sweep: str, overrides: list[str]) -> bool:
-    """Runs one sweep; False where a run of it failed."""
-    console.rule(f"{scale}/{name}, {sweep}", align="left")
-    experiment = [f"experiment={scale}/{name}", f"sweep={sweep}"]
-    sys.argv = [str(TRAIN), "-m", *experiment, *overrides]
+def run_program(path: Path, *words: str) -> Any:
+    """Runs a program in this process; its exit status.
+
+    Raises:
+        SystemExit: the user stopped it.
+    """
+    sys.argv = [str(path), *words]
     try:
-        runpy.run_path(str(TRAIN), run_name="__main__")
+        runpy.run_path(str(path), run_name="__main__")
     except SystemExit as end:
-        if end.code == 130:  # stopped by the user
+        if end.code == 130:
             raise
-        return not end.code
-    return True
+        return end.code
+    return 0
+
+
+def run_sweep(scale: str, name: str, sweep: str, overrides: list[str]) -> bool:
+    """Runs what is missing of one sweep; False where a run of it failed."""
+    words = [f"experiment={scale}/{name}", f"sweep={sweep}", *overrides]
+    count = count_if_complete(words, CONFIGS)
+    if count is not None:
+        console.print(f"{scale}/{name}, {sweep}: all {count} runs are already complete")
+        return True
+    console.rule(f"{scale}/{name}, {sweep}", align="left")
+    return not run_program(TRAIN, "-m", *words)
+
+
+def run_sweeps(
+    experiments: list[Path], sweeps: list[str] | None, overrides: list[str], *, repeat_best: bool
+) -> None:
+    """Runs the sweeps of some experiments.
+
+    Raises:
+        SystemExit: runs failed, or the user stopped it.
+    """
+    failed = []
+    for path in experiments:
+        repeats = repeats_of(path) if repeat_best else []
+        if repeats is None:
+            continue
+        for sweep in sweeps_of(path, sweeps):
+            if not run_sweep(path.parent.name, path.stem, sweep, [*repeats, *overrides]):
+                failed.append(f"{path.stem} {sweep}")
+    if failed:
+        console.print("error: runs failed in", ", ".join(failed), style="red")
+        sys.exit(1)
+
+
+def record(scale: str, overrides: list[str]) -> None:
+    """Records the runs of a scale.
+
+    Raises:
+        SystemExit: a record cannot be read or written.
+    """
+    words = ["--scale", scale]
+    if scale == "demo":
+        words.append("--anew")
+    for option, key in (("--runs", "runs_dir="), ("--results", "results_dir=")):
+        words += [f"{option}={w.removeprefix(key)}" for w in overrides if w.startswith(key)]
+    if code := run_program(COLLECT, *words):
+        sys.exit(code)
 
 
 def main() -> None:
@@ -78,10 +133,16 @@ def main() -> None:
         type=int,
         help="runs beside each other (default: one a GPU or, without one, one a core)",
     )
-    parser.add_argument(
+    what = parser.add_mutually_exclusive_group()
+    what.add_argument(
         "--repeat-best",
         action="store_true",
         help="only the best recorded runs, with the experiment's other seeds",
+    )
+    what.add_argument(
+        "--record",
+        action="store_true",
+        help="all, recorded in results/: first the sweeps, then the best runs with other seeds",
     )
     words = sys.argv[1:]
     end = words.index("--") if "--" in words else len(words)
@@ -100,17 +161,16 @@ def main() -> None:
         if sweep not in names:
             known = ", ".join(sorted(names))
             parser.error(f"--sweeps {sweep}: no sweep of these experiments; there are {known}")
-    failed = []
-    for path in experiments:
-        repeats = repeats_of(path) if arguments.repeat_best else []
-        if path.stem not in wanted or repeats is None:
-            continue
-        for sweep in sweeps_of(path, arguments.sweeps):
-            if not run_sweep(arguments.scale, path.stem, sweep, [*repeats, *overrides]):
-                failed.append(f"{path.stem} {sweep}")
-    if failed:
-        console.print("error: runs failed in", ", ".join(failed), style="red")
-        sys.exit(1)
+    chosen = [path for path in experiments if path.stem in wanted]
+    sweeps: list[str] | None = arguments.sweeps
+    if not arguments.record:
+        run_sweeps(chosen, sweeps, overrides, repeat_best=arguments.repeat_best)
+        return
+    run_sweeps(chosen, sweeps, overrides, repeat_best=False)
+    record(arguments.scale, overrides)
+    if any(map(repeats_of, chosen)):
+        run_sweeps(chosen, sweeps, overrides, repeat_best=True)
+        record(arguments.scale, overrides)
 
 
 if __name__ == "__main__":

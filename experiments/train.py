@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import signal
 import sys
+from pathlib import Path
 
 if __name__ == "__main__":
     # Ctrl-C ends the program without frames as long as it imports; nothing has begun.
@@ -18,9 +19,12 @@ import hydra
 from omegaconf import DictConfig
 
 from pnorm_decay.training import stopping
+from pnorm_decay.training.command_line import explained, flags_first
 from pnorm_decay.training.errors import print_error
 from pnorm_decay.training.progress import console, in_sweep, say_if_one_of_a_sweep
 from pnorm_decay.training.run import run
+
+CONFIGS = Path(__file__).resolve().parents[1] / "configs"
 
 
 @hydra.main(version_base="1.3", config_path="../configs", config_name="train")
@@ -44,11 +48,12 @@ if __name__ == "__main__":
     os.environ.setdefault("HYDRA_FULL_ERROR", "1")
     with stopping.graceful():
         try:
+            sys.argv[1:] = flags_first(sys.argv[1:])
             main()
             if stopping.requested():
                 raise stopping.Stopped
         except Exception as error:
-            print_error(error)
+            print_error(explained(error, sys.argv[1:], CONFIGS))
             sys.exit(2)
         except KeyboardInterrupt:
             console.print("stopped; the same command goes on from the last checkpoint")

@@ -26,7 +26,7 @@ from bench_common import machine, trained_networks, write_rows
 from pnorm_decay.data import DataError
 from pnorm_decay.deploy import CompactError, compact
 from pnorm_decay.sparsity import structured_share, zero_fraction
-from pnorm_decay.training.building import build_data, build_model
+from pnorm_decay.training.building import build_data, saved_network
 from pnorm_decay.training.settings import ConfigError, Settings
 
 console = Console(highlight=False)
@@ -37,9 +37,7 @@ def load(network: Path, config: dict[str, Any], batch_size: int) -> tuple[nn.Mod
     settings = Settings.from_config(config)
     data = build_data(settings)
     data.setup(torch.device("cpu"))
-    model = build_model(settings, data)
-    model.load_state_dict(torch.load(network, weights_only=True))
-    return model.eval(), data.train_batch(0, batch_size, config["seed"])[0]
+    return saved_network(network, config), data.train_batch(0, batch_size, config["seed"])[0]
 
 
 @torch.no_grad()

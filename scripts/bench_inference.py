@@ -43,7 +43,7 @@ from pnorm_decay.deploy.inference import InBfloat16, InParts
 from pnorm_decay.models.gpt import GPT
 from pnorm_decay.models.resnet import ResNet18
 from pnorm_decay.optim import split_decayed
-from pnorm_decay.training.building import saved_network
+from pnorm_decay.training import load_run
 from pnorm_decay.training.settings import ConfigError
 
 SPARSITIES = (0.8, 0.9, 0.95, 0.97, 0.98, 0.99)
@@ -295,7 +295,7 @@ def groups(arguments: argparse.Namespace) -> Iterator[tuple[str, str, dict[str, 
                 },
             )
     for folder in arguments.networks or ():
-        network = saved_network(folder)
+        network, _ = load_run(folder)
         for case in arguments.cases:
             if isinstance(network, GPT) != ("image" in case):
                 yield case, folder.name, {folder.name: network}

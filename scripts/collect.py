@@ -1,13 +1,16 @@
 """Adds finished runs to results/<scale>/<name>.csv, one row a run.
 
-What is recorded stays as it is, unless --replace or --anew says otherwise. Of each experiment it
+What is recorded stays as it is, unless --replace or --anew says otherwise. A folder whose record
+cannot be read is named and left out; with --anew nothing is written then. Of each experiment it
 also keeps how the weights of some runs evolved, results/<scale>/weights/: for each p those of the
-most accurate pWD run of sparsity 0.9 or more.
+most accurate pWD run of sparsity 0.9 or more. The learning curves of all recorded runs go into
+results/<scale>/curves/<name>.csv.gz.
 """
 
 from __future__ import annotations
 
 import argparse
+import math
 import os
 import sys
 from collections import defaultdict
@@ -18,8 +21,8 @@ from rich.console import Console
 
 from pnorm_decay import records
 from pnorm_decay.figures import weights
-from pnorm_decay.files import write_text
-from pnorm_decay.training.tracking import WEIGHTS_FILE
+from pnorm_decay.files import write_changed
+from pnorm_decay.training.tracking import METRICS_FILE, WEIGHTS_FILE
 
 SPARSE = 0.9
 
@@ -28,8 +31,8 @@ console = Console(highlight=False, soft_wrap=True)
 
 def collect(
     runs: Path, results: Path, scale: str | None, *, replace: bool = False, anew: bool = False
-) -> list[Path]:
-    """Writes the finished runs below ``runs`` into results files and returns their paths.
+) -> tuple[list[Path], list[records.RecordError]]:
+    """Writes the finished runs below ``runs`` into results files.
 
     Args:
         runs: the folder of run folders.
@@ -39,13 +42,22 @@ def collect(
             otherwise only runs are added that are not recorded, or recorded as failed.
         anew: whether the files then hold these runs alone.
 
+    Returns:
+        The files written, and what is wrong with the records that are left out. With ``anew``,
+        which would lose the rows of these, nothing is written where there are any.
+
     Raises:
-        RecordError: a result or a results file is broken; nothing is written.
+        RecordError: there is no such folder, or a results file is broken; nothing is written.
     """
+    if not runs.is_dir():
+        raise records.RecordError(f"there is no folder {runs}; --runs says where the runs are")
+    broken: list[records.RecordError] = []
     rows = defaultdict(list)
-    for run_scale, name, result in records.recorded_runs(runs):
+    for run_scale, name, result in records.recorded_runs(runs, broken):
         if scale in (None, run_scale):
             rows[run_scale, name].append(result["record"])
+    if broken and anew:
+        return [], broken
     paths = {key: results / key[0] / f"{key[1]}.csv" for key in rows}
     # All are read before anything is written.
     recorded = {key: records.read(path) for key, path in paths.items() if os.path.lexists(path)}
@@ -63,8 +75,11 @@ def collect(
         if gone:
             console.print(f"  {gone} recorded runs are not in {runs}/ and went (--anew)")
         written.append(path)
-        keep_weights(runs / run_scale / name, frame, results / run_scale / "weights")
-    return written
+        of_experiment, folder = runs / run_scale / name, results / run_scale
+        keep_weights(of_experiment, frame, folder / "weights")
+        count = keep_curves(of_experiment, frame, folder / "curves" / f"{name}.csv.gz")
+        console.print(f"  learning curves of {count} of them are recorded")
+    return written, broken
 
 
 def keep_weights(runs: Path, frame: pd.DataFrame, folder: Path) -> None:
@@ -91,7 +106,28 @@ def keep_weights(runs: Path, frame: pd.DataFrame, folder: Path) -> None:
         elif earlier is not None:
             kept.append(earlier[earlier["run_id"] == run_id])
     if kept:
-        write_text(path, pd.concat(kept).to_csv(index=False, lineterminator="\n"))
+        write_changed(path, pd.concat(kept).to_csv(index=False, lineterminator="\n"))
+
+
+def keep_curves(runs: Path, frame: pd.DataFrame, path: Path) -> int:
+    """Adds the learning curves of recorded runs to a file; of how many it then has them.
+
+    A curve that does not end in the recorded accuracy is of another doing of the run, on another
+    machine for instance, and is left out.
+
+    Args:
+        runs: the folder of the experiment's run folders.
+        frame: all recorded runs of the experiment.
+        path: the file.
+    """
+    curves = {}
+    for run_id, accuracy in zip(frame["run_id"], frame["val_accuracy"], strict=True):
+        of_run = runs / run_id / METRICS_FILE
+        if of_run.exists():
+            curve = records.read_table(of_run)
+            if math.isnan(accuracy) or float(curve["val_accuracy"].iloc[-1]) == accuracy:
+                curves[run_id] = curve
+    return records.write_curves(path, curves, frame["run_id"]) if curves or path.exists() else 0
 
 
 def main() -> None:
@@ -108,7 +144,7 @@ def main() -> None:
     )
     arguments = parser.parse_args()
     try:
-        written = collect(
+        written, broken = collect(
             arguments.runs,
             arguments.results,
             arguments.scale,
@@ -117,6 +153,12 @@ def main() -> None:
         )
     except (records.RecordError, OSError) as error:
         console.print(f"error: {error}", markup=False)
+        sys.exit(2)
+    for unreadable in broken:
+        console.print(f"error: {unreadable}", markup=False)
+    if broken:
+        if arguments.anew:
+            console.print("nothing is written: --anew would lose the rows of these runs")
         sys.exit(2)
     if not written:
         of_scale = f" of scale {arguments.scale}" if arguments.scale else ""

@@ -15,7 +15,6 @@ import argparse
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from pickle import UnpicklingError
 from typing import Any
 
 import pandas as pd
@@ -27,7 +26,7 @@ from pnorm_decay import records
 from pnorm_decay.data import DataError
 from pnorm_decay.files import write_text
 from pnorm_decay.sparsity import structured_share
-from pnorm_decay.training.building import build_data, build_model
+from pnorm_decay.training.building import build_data, saved_network
 from pnorm_decay.training.evaluation import evaluate
 from pnorm_decay.training.identity import run_name
 from pnorm_decay.training.machine import make_accelerator, prepare_process
@@ -73,11 +72,7 @@ def evaluate_saved(
         was = result["record"]["data"]
         raise DataError(f"{network} was evaluated on {was}, the configured data are {data.label}")
     data.setup(accelerator.device)
-    model = build_model(settings, data)
-    try:
-        model.load_state_dict(torch.load(network, map_location="cpu", weights_only=True))
-    except (RuntimeError, UnpicklingError) as error:
-        raise ConfigError(f"{network} is damaged or of another model") from error
+    model = saved_network(network, result["config"])
     if settings.trainer.channels_last:
         model = model.to(memory_format=torch.channels_last)
     loss, accuracy = evaluate(accelerator.prepare(model), data, settings.trainer, accelerator)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import shlex
 import socket
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -15,7 +16,7 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from conftest import REPOSITORY
+from conftest import REPOSITORY, SHORT, Finished
 from pnorm_decay import sparsity
 
 DOCS = REPOSITORY / "docs"
@@ -44,7 +45,11 @@ def commands() -> list[str]:
 
 @pytest.mark.parametrize(("where", "code"), blocks("python"), ids=[w for w, _ in blocks("python")])
 def test_an_example_runs(
-    where: str, code: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    where: str,
+    code: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    run_program: Callable[..., Finished],
 ) -> None:
     monkeypatch.chdir(tmp_path)  # for what the trainers write
     for package in OTHERS:
@@ -70,6 +75,10 @@ def test_an_example_runs(
         "torch": torch,
         "epochs": 100,
     }
+    if "load_run" in code:
+        short = ["experiment=demo/resnet_digits", *SHORT, "logger=none"]
+        assert run_program("experiments/train.py", *short).code == 0
+        names["folder"] = next(tmp_path.glob("runs/demo/*/*"))
     exec(compile(code, where, "exec"), names)
     after = [getattr(parameter, "_local_tensor", parameter) for parameter in model.parameters()]
     changed = any(not torch.equal(x, y) for x, y in zip(before, after, strict=True))

@@ -5,10 +5,13 @@ from __future__ import annotations
 import importlib
 import importlib.metadata
 import re
+import shutil
 import subprocess
 import sys
 import tomllib
+import zipfile
 from itertools import chain
+from pathlib import Path
 
 import pytest
 import yaml
@@ -19,6 +22,16 @@ import pnorm_decay
 from conftest import REPOSITORY
 
 PROJECT = tomllib.loads((REPOSITORY / "pyproject.toml").read_text())["project"]
+EXTRAS = (
+    "numpy",
+    "safetensors",
+    "zstandard",
+    "omegaconf",
+    "hydra",
+    "pandas",
+    "matplotlib",
+    "pydantic",
+)
 LOCK = (REPOSITORY / "requirements.lock").read_text()
 
 
@@ -64,6 +77,48 @@ def test_the_version_is_written_once():
     assert citation["version"] == pnorm_decay.__version__
 
 
+def test_the_changelog_tells_of_the_version():
+    changes = (REPOSITORY / "CHANGELOG.md").read_text()
+    heading = re.search(r"^## (.+)$", changes, re.MULTILINE)
+    assert re.fullmatch(rf"{pnorm_decay.__version__}, \d{{4}}-\d\d-\d\d", heading[1])
+
+
+def test_a_wheel_holds_every_file_of_the_package_and_leaves_nothing_behind(tmp_path):
+    source, wheels = tmp_path / "source", tmp_path / "wheels"
+    source.mkdir()
+    for name in ("pyproject.toml", "README.md", "LICENSE"):
+        shutil.copy(REPOSITORY / name, source)
+    unwanted = shutil.ignore_patterns("__pycache__", "*.egg-info")
+    shutil.copytree(REPOSITORY / "pwd", source / "pwd", ignore=unwanted)
+    files = {path.relative_to(source / "pwd").as_posix() for path in source.glob("pwd/**/*.*")}
+    # As `python -m build` does: the source archive, and the wheel from it.
+    uv = [Path(sys.executable).with_name("uv"), "build", "--offline", "--no-build-isolation"]
+    command = [*uv, "--python", sys.executable, "--out-dir", wheels, source]
+    subprocess.run(command, check=True, capture_output=True)
+    (wheel,) = wheels.glob(f"pnorm_decay-{pnorm_decay.__version__}-py3-none-any.whl")
+    held = {name for name in zipfile.ZipFile(wheel).namelist() if ".dist-info/" not in name}
+    assert held == files
+    kinds = {"py.typed", "optim/backends/fused.c", "deploy/sparse.c", "figures/explorer.html"}
+    assert {f"pnorm_decay/{name}" for name in kinds} <= held
+    assert not (source / "build").exists()
+
+
+def test_what_users_import_needs_torch_alone():
+    hidden = dict.fromkeys(EXTRAS)
+    program = f"import sys; sys.modules.update({hidden}); import pnorm_decay.baselines as b, "
+    program += "pnorm_decay.deploy as d; b.compact, d.sparse_inference, b.OTO"
+    subprocess.run([sys.executable, "-W", "ignore", "-c", program], check=True)
+
+
+def test_sparse_files_name_what_they_need(monkeypatch):
+    monkeypatch.delitem(sys.modules, "pnorm_decay.deploy.sparse_files", raising=False)
+    monkeypatch.setitem(sys.modules, "zstandard", None)
+    with pytest.raises(ModuleNotFoundError, match=r"save_sparse needs zstandard: pip install 'pno"):
+        from pnorm_decay.deploy import save_sparse  # noqa: F401
+    with pytest.raises(ImportError, match="cannot import name 'nosuch'"):
+        from pnorm_decay.deploy import nosuch  # noqa: F401
+
+
 def test_the_folder_pwd_is_no_package():
     assert not (REPOSITORY / "pwd" / "__init__.py").exists()
     standard = importlib.import_module("pwd")
@@ -73,36 +128,6 @@ def test_the_folder_pwd_is_no_package():
 
 def test_the_optimizer_needs_torch_alone():
     assert [Requirement(line).name for line in PROJECT["dependencies"]] == ["torch"]
-
-
-def test_all_but_experiments_and_files_works_with_torch_alone():
-    others = (
-        "hydra",
-        "omegaconf",
-        "pydantic",
-        "pandas",
-        "rich",
-        "wandb",
-        "safetensors",
-        "zstandard",
-    )
-    program = f"""
-import sys
-sys.modules |= dict.fromkeys({others})  # an import of them fails
-import torch
-import pnorm_decay.optim, pnorm_decay.sparsity, pnorm_decay.baselines
-from pnorm_decay.deploy import compact, sparse_inference
-model = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.ReLU(), torch.nn.Linear(8, 2))
-torch.nn.init.zeros_(model[0].weight)
-assert compact(model, torch.ones(2, 4)).compaction.parameters[1] < 58
-try:
-    from pnorm_decay.deploy import save_sparse
-except ModuleNotFoundError as error:
-    print(error)
-"""
-    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
-    assert (done.returncode, done.stderr) == (0, "")
-    assert "needs zstandard: pip install 'pnorm-decay[deploy]'" in done.stdout
 
 
 @pytest.mark.parametrize(

@@ -4,7 +4,7 @@ from pnorm_decay.decay import auxiliary, penalty, shrink_factor
 from pnorm_decay.optim import SGDPWD, AdamPWD, attach_pnorm_decay, param_groups
 from pnorm_decay.sparsity import sparsity
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 __all__ = [
     "SGDPWD",

@@ -59,3 +59,9 @@ def write_text(path: Path, text: str) -> None:
     """Writes a UTF-8 text file atomically."""
     with atomic_write(path) as file:
         file.write(text.encode())
+
+
+def write_changed(path: Path, text: str) -> None:
+    """As ``write_text``, unless the file holds that text: its time then stays, for make to see."""
+    if not path.exists() or path.read_bytes() != text.encode():
+        write_text(path, text)

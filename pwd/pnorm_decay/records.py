@@ -7,25 +7,29 @@ figures and tables are made from, and what is committed.
 from __future__ import annotations
 
 import csv
+import gzip
 import io
 import json
 import math
 import os
-from collections.abc import Iterator, Mapping, Sequence
+import zlib
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
 
-from pnorm_decay.files import read_regular, write_text
+from pnorm_decay.files import atomic_write, read_regular, write_changed, write_text
 
 __all__ = [
     "COLUMNS",
     "RecordError",
     "read",
+    "read_curves",
     "read_result",
     "recorded_runs",
     "write",
+    "write_curves",
     "write_failure",
     "write_result",
 ]
@@ -129,18 +133,36 @@ def read_result(run_dir: Path, file: str = RESULT_FILE) -> dict[str, Any] | None
         raise RecordError(f"{path} holds no record; delete it to run again")
     try:
         check_types(record)
-        parse_row({name: "" if value is None else str(value) for name, value in record.items()})
+        row = {name: "" if value is None else str(value) for name, value in record.items()}
+        return result | {"record": record | parse_row(row)}
     except ValueError as error:
         raise RecordError(f"{path}: {error}; delete it to run again") from None
-    return result
 
 
-def recorded_runs(runs: Path) -> Iterator[tuple[str, str, dict[str, Any]]]:
-    """Every run below ``runs`` that ended, failed ones too: (scale, name, result) by path."""
+def recorded_runs(
+    runs: Path, broken: list[RecordError] | None = None
+) -> Iterator[tuple[str, str, dict[str, Any]]]:
+    """Every run below ``runs`` that ended, failed ones too: (scale, name, result) by path.
+
+    Args:
+        runs: the folder of run folders.
+        broken: takes what is wrong with the folders that are left out.
+
+    Raises:
+        RecordError: a record cannot be read or stands in another run's folder, and there is no
+            ``broken``.
+    """
     for run_dir in sorted(path for path in runs.glob("*/*/*") if path.is_dir()):
-        result = read_result(run_dir) or read_result(run_dir, FAILURE_FILE)
+        try:
+            result = read_result(run_dir) or read_result(run_dir, FAILURE_FILE)
+            if result is not None:
+                check_owner(run_dir, result, run_dir.name)
+        except RecordError as error:
+            if broken is None:
+                raise
+            broken.append(error)
+            continue
         if result is not None:
-            check_owner(run_dir, result, run_dir.name)
             yield run_dir.parts[-3], run_dir.parts[-2], result
 
 
@@ -164,11 +186,16 @@ def check_types(record: Mapping[str, Any]) -> None:
 def read_table(path: Path) -> pd.DataFrame:
     """A CSV file as text: one row a line, its number (the header's is 1) as the index.
 
+    A file that ends in ".gz" is decompressed.
+
     Raises:
         RecordError: the file cannot be read, or is not a CSV table of UTF-8 text; with its line.
     """
     try:
-        text = read_regular(path, LARGEST).decode("utf-8-sig")
+        content = read_regular(path, LARGEST)
+        text = (gzip.decompress(content) if path.suffix == ".gz" else content).decode("utf-8-sig")
+    except (EOFError, zlib.error, gzip.BadGzipFile):
+        raise RecordError(f"{path} is cut off or damaged") from None
     except OSError as error:
         raise RecordError(f"cannot read {path}: {error.strerror or error}") from None
     except UnicodeDecodeError as error:
@@ -322,5 +349,46 @@ def write(
         frame = pd.concat([old[~old["run_id"].isin(frame["run_id"])], frame])
     order = ["method", "p", "lambda_p", "lr", "seed", "run_id"]
     frame = frame.sort_values(order, kind="stable", ignore_index=True)
-    write_text(path, frame.to_csv(index=False, lineterminator="\n"))
+    write_changed(path, frame.to_csv(index=False, lineterminator="\n"))
     return frame
+
+
+def read_curves(path: Path) -> pd.DataFrame:
+    """The learning curves of recorded runs, from ``results/<scale>/curves/<name>.csv.gz``.
+
+    Returns:
+        A row an evaluation: ``run_id``, and the numbers of the run's ``metrics.csv``: ``step``,
+        ``lr``, ``lambda_p`` where the method has one, ``train_loss`` and ``val_loss`` in nats,
+        ``val_accuracy`` in percent, ``sparsity``, ``zero_fraction``, ``seconds`` since the start.
+
+    Raises:
+        RecordError: the file cannot be read, or a value is no number; with its line.
+    """
+    return read_numbers(path, texts=["run_id"])
+
+
+def write_curves(path: Path, curves: Mapping[str, pd.DataFrame], runs: Iterable[str]) -> int:
+    """Adds learning curves to those in a file, and removes those of other than some runs.
+
+    The same curves make the same file, and a file that would hold the same stays untouched.
+
+    Args:
+        path: ``results/<scale>/curves/<name>.csv.gz``.
+        curves: run id -> the table of the run's ``metrics.csv``, see ``read_table``.
+        runs: the runs whose curves may be in the file.
+
+    Returns:
+        Of how many runs the file now holds curves.
+    """
+    before = read_table(path) if path.exists() else pd.DataFrame({"run_id": []})
+    kept = before[before["run_id"].isin(list(runs)) & ~before["run_id"].isin(list(curves))]
+    new = [curve.assign(run_id=run_id) for run_id, curve in curves.items()]
+    whole = pd.concat([kept, *new]).sort_values("run_id", kind="stable", ignore_index=True)
+    first = {"run_id": 0, "step": 1}
+    columns = sorted(whole.columns, key=lambda name: (first.get(name, 2), name))
+    whole = whole[columns].fillna("")
+    if not whole.equals(before.reset_index(drop=True)):
+        text = whole.to_csv(index=False, lineterminator="\n")
+        with atomic_write(path) as file:
+            file.write(gzip.compress(text.encode(), mtime=0))
+    return int(whole["run_id"].nunique())

@@ -70,6 +70,35 @@ TRIED = [
     ("decay_schedule=p_ramp decay_schedule.option=foreach", "must be an option of numbers"),
     ("decay_schedule=p_ramp decay_schedule.option=params", "must be an option of numbers"),
     ("decay_schedule=p_ramp decay_schedule.option=lr", "that is what schedule=... is for"),
+    # Keys and choices that there are not, and the nearest.
+    ("optimizer.p=abc", f"optimizer.p=abc: {FROM_0}"),
+    (
+        "optimizer.lamda_p=1",
+        "optimizer.lamda_p=1: there is no such key; the nearest are optimizer.lambda_p",
+    ),
+    ("lr=1", "lr=1: there is no such key; the nearest is optimizer.lr"),
+    ("optimiser=pwd", "optimiser=pwd: there is no such key; the nearest are optimizer"),
+    ("trainer.stesp.x=3", "trainer.stesp.x=3: there is no such key; the nearest are trainer.steps"),
+    ("foo.bar=1", "foo.bar=1: there is no such key; experiments/train.py --help shows all"),
+    ("optimizer.lr.x=1 optimizer.foo=abc", "optimizer.lr.x"),
+    ("optimizer.exact=true", "AdamPWD has the option: write +optimizer.exact=true"),
+    ("optimizer.params=1", "optimizer.params=1: there is no such key"),
+    (
+        "experiment=nanogpt_pydoc",
+        "nanogpt_pydoc: there is no such choice; there are cpu/",
+    ),
+    ("experiment=demo/nosuch", "experiment=demo/nosuch: there is no such choice; there are cpu/"),
+    ("optimizer=adam", "optimizer=adam: there is no such choice; there are adamw, coupled"),
+    ("hydra/launcher=nosuch", "hydra/launcher=nosuch: there is no such choice; there are basic"),
+    ("sweep=nosuch -m", "sweep=nosuch: there is no such choice; there are adamw"),
+    # Lists and sweeps.
+    ("seed=0,1", "seed=0,1: several values are a sweep; add -m"),
+    ("seed=[0,1]", "seed=[0, 1]: must be a whole number from 0"),
+    ("seed=[0,1] -m", "seed=[0, 1]: must be a whole number from 0"),
+    ("-m optimizer.p=0.8,abc", f"optimizer.p=abc: {FROM_0}"),
+    ("optimizer.lr=1e-3,abc -m optimizer.p=0.5,0.8", f"optimizer.lr=abc: {FROM_0}"),
+    ("-m sweep=pwd --cfg job", "-m, --cfg: -m runs a sweep, --cfg shows one config"),
+    ("--info -m sweep=pwd", "-m, --info: -m runs a sweep"),
     # Out of range.
     ("seed=-1", "seed=-1: must be a whole number from 0 to 4294967295"),
     ("seed=4294967296", "seed=4294967296: must be a whole number from 0 to 4294967295"),
@@ -131,7 +160,7 @@ def assert_is_one_line(done, said: str) -> None:
 def test_what_was_tried_is_one_line_before_anything_is_written(train, tmp_path, overrides, said):
     assert_is_one_line(train(*overrides.split(" ")), said)
     written = [path for path in tmp_path.rglob("*") if path.is_file()]
-    assert [path for path in written if path.parent.name != LOCKS] == []
+    assert [path for path in written if path.parent.name not in (LOCKS, ".hydra")] == []
 
 
 @pytest.mark.parametrize(
@@ -148,7 +177,8 @@ def test_a_variable_that_says_nothing_is_named(train, monkeypatch, name, value, 
     assert_is_one_line(train("logger=wandb"), said)
 
 
-SHORT = ["model.width=4", "trainer.epochs=null", "trainer.steps=2"]
+SHORT = ["model.width=4", "trainer.epochs=null", "trainer.steps=2", "schedule.warmup_epochs=0"]
+SHORT.append("trainer.threads=1")  # the suite's processes share the cores
 
 
 def test_a_list_of_threads_has_one_for_us(train, monkeypatch):
@@ -185,6 +215,26 @@ def test_at_the_door_too(train, monkeypatch, tmp_path):
     (path,) = tmp_path.glob("pnorm-decay-*.txt")
     assert str(path) in done.err
     assert "in broken" in path.read_text()
+
+
+def test_flags_may_stand_behind_overrides(train):
+    for word in ("-m", "--multirun"):
+        done = train(*SHORT, "hydra/launcher=basic", "seed=1,2", word, "optimizer.p=1.0")
+        assert done.code == 0, done.err
+        assert done.err.count("seed=") == 2
+    shown = train("optimizer.p=0.7", "--cfg", "job", "seed=3")
+    assert shown.code == 0
+    assert "\n  p: 0.7\n" in shown.out
+    assert shown.out.startswith("seed: 3\n")
+
+
+def test_a_warmup_that_is_too_long_is_said(train):
+    long = ["schedule.warmup_epochs=null", "schedule.warmup_steps=100"]
+    done = train(*SHORT, *long)
+    assert done.code == 0
+    said = "warning: schedule.warmup_steps=100: more than half of the run, which has 2 steps"
+    assert said in done.err
+    assert "warning" not in train(*SHORT).err
 
 
 def test_one_run_of_a_sweep_says_that_it_is_one(train):

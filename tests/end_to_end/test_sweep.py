@@ -4,22 +4,75 @@ from __future__ import annotations
 
 import json
 
+import pytest
+
 from conftest import SHORT
+from pnorm_decay import records
 
 SWEEP = "experiments/sweep.py"
 ONE = ["demo", "--experiments", "resnet_digits", "--sweeps", "sgd"]
 
 
-def test_a_sweep_of_an_experiment_is_done_once(run_program, tmp_path):
+@pytest.fixture
+def command(tmp_path):
+    """A sweep of two short runs, in this process."""
     places = [f"runs_dir={tmp_path / 'runs'}", f"results_dir={tmp_path / 'results'}"]
-    command = [SWEEP, *ONE, "--", *SHORT, *places, "grid.sgd_lr=0.01", "logger=none"]
-    command.append("hydra/launcher=basic")
+    own = ["grid.sgd_lr='0.01,0.02'", "logger=none", "hydra/launcher=basic"]
+    return [SWEEP, *ONE, "--", *SHORT, *places, *own]
+
+
+def results(tmp_path):
+    return sorted((tmp_path / "runs" / "demo" / "resnet_digits").glob("*/result.json"))
+
+
+def test_a_sweep_is_done_once_and_what_is_missing_again(run_program, command, tmp_path):
     done = run_program(*command)
     assert done.code == 0, done.err
-    (path,) = (tmp_path / "runs" / "demo" / "resnet_digits").glob("*/result.json")
-    assert json.loads(path.read_text())["record"]["method"] == "sgd"
+    paths = results(tmp_path)
+    assert [json.loads(path.read_text())["record"]["method"] for path in paths] == ["sgd", "sgd"]
     assert "demo/resnet_digits, sgd" in done.err
-    assert "already complete" in run_program(*command).err
+    again = run_program(*command)
+    assert again.code == 0
+    assert again.err == "demo/resnet_digits, sgd: all 2 runs are already complete\n"
+
+    paths[0].unlink()
+    third = run_program(*command)
+    assert third.code == 0
+    assert "all 2 runs" not in third.err
+    assert third.err.count("already complete") == 1
+    assert results(tmp_path) == paths
+
+
+def test_a_sweep_is_recorded_and_the_record_stays_untouched(run_program, command, tmp_path):
+    command.insert(1, "--record")
+    done = run_program(*command)
+    assert done.code == 0, done.err
+    recorded = tmp_path / "results" / "demo" / "resnet_digits.csv"
+    assert set(records.read(recorded)["run_id"]) == {p.parent.name for p in results(tmp_path)}
+    written = recorded.stat().st_mtime_ns
+    assert run_program(*command).code == 0
+    assert recorded.stat().st_mtime_ns == written
+    results(tmp_path)[0].write_text("{")
+    broken = run_program(*command)
+    assert broken.code != 0
+    assert "result.json is not valid JSON" in broken.err + broken.out
+
+
+def test_the_best_runs_are_repeated_and_recorded(run_program, tmp_path):
+    places = [f"runs_dir={tmp_path / 'runs'}", f"results_dir={tmp_path / 'results'}"]
+    tiny = ["data=pydoc_topics", "model.n_layer=1", "model.n_embd=8", "trainer.steps=2"]
+    own = ["trainer.threads=1", "schedule.warmup_steps=0", "logger=none", "hydra/launcher=basic"]
+    which = ["cpu", "--experiments", "nanogpt_shakespeare", "--sweeps", "sgd"]
+    for _ in range(2):
+        done = run_program(SWEEP, "--record", *which, "--", *tiny, *places, *own)
+        assert done.code == 0, done.err
+        rows = records.read(tmp_path / "results" / "cpu" / "nanogpt_shakespeare.csv")
+        best = rows.loc[rows["val_accuracy"].where(rows["seed"] == 0).idxmax(), "lr"]
+        assert sorted(rows["seed"]) == [0, 0, 1, 2]
+        assert set(rows.loc[rows["seed"] > 0, "lr"]) == {best}
+    first, repeated = done.err.splitlines()
+    assert first == "cpu/nanogpt_shakespeare, sgd: all 2 runs are already complete"
+    assert repeated == "cpu/nanogpt_shakespeare, sgd: all 4 runs are already complete"
 
 
 def test_demo_experiments_name_no_seeds_to_repeat(run_program):

@@ -55,7 +55,7 @@ def test_bad_inputs_are_one_line(run_program, run_folder, tmp_path_factory):
     (images / "result.json").write_text(json.dumps({"config": {"model": model}, "record": RECORD}))
     torch.save(ResNet18(width=2).state_dict(), images / "model.pt")
     for arguments, message in (
-        ([str(empty)], "is no finished run with a saved network"),
+        ([str(empty)], "holds no finished run: there is no result.json"),
         ([str(damaged)], "is damaged or of another model"),
         ([str(images)], "holds a ResNet18, which writes no text"),
         ([str(strange)], "the network has 7 characters"),

@@ -80,3 +80,16 @@ def test_bad_values_are_named() -> None:
         param_groups(network(), p=1, lambda_p=1, zero_init="include")
     with pytest.raises(ValueError, match="Invalid lambda_p: nan"):
         AdamPWD(param_groups(network(), p=1, lambda_p=math.nan))
+
+
+@pytest.mark.parametrize("given", [[nn.Linear(2, 2)], nn.Linear(2, 2).parameters(), "model"])
+def test_what_is_no_model_is_said(given: object) -> None:
+    with pytest.raises(TypeError, match=r"must be an nn\.Module, not a (list|generator|str)"):
+        param_groups(given, p=0.8, lambda_p=0.1)
+
+
+@pytest.mark.parametrize(("p", "lambda_p"), [("0.8", 0.1), (0.8, "1"), (0, 0.1), (0.8, -1)])
+@pytest.mark.parametrize("zero_init", ["decay", "exclude"])
+def test_bad_values_are_said_before_there_is_an_optimizer(p, lambda_p, zero_init) -> None:
+    with pytest.raises(ValueError, match=r"Invalid (p|lambda_p): "):
+        param_groups(nn.Linear(2, 2), p=p, lambda_p=lambda_p, zero_init=zero_init)

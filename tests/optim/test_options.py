@@ -97,7 +97,22 @@ def test_what_is_wrong_is_said_before_what_is_missing(cls: Any) -> None:
             cls([Parameter(torch.ones(2))], lr=0.1, p=0.8, lambda_p=0.1, exact=True, **option)
 
 
-@pytest.mark.parametrize("betas", [(0.9,), 0.9, (0.9, 0.99, 0.5), (0.9, 1.0)])
+@pytest.mark.parametrize("cls", CLASSES)
+def test_a_text_is_told_that_it_is_no_number(cls: Any) -> None:
+    params = [Parameter(torch.ones(2))]
+    with pytest.raises(ValueError, match=r"'0\.8' \(must be a number, not a text; positive"):
+        cls(params, lr=0.1, p="0.8", lambda_p=0.1)
+    with pytest.raises(ValueError, match=r"Invalid lambda_p: '1' .*not a text"):
+        cls(params, lr=0.1, p=0.8, lambda_p="1")
+
+
+@pytest.mark.parametrize("cls", CLASSES)
+def test_a_model_is_told_from_its_parameters(cls: Any) -> None:
+    with pytest.raises(TypeError, match=r"not a Linear: give param_groups\(model"):
+        cls(torch.nn.Linear(2, 2), lr=0.1, p=0.8, lambda_p=0.1)
+
+
+@pytest.mark.parametrize("betas", [(0.9,), 0.9, (0.9, 0.99, 0.5), (0.9, 1.0), ("a", 0.9), "ab"])
 def test_bad_betas_are_named(betas: Any) -> None:
     with pytest.raises(ValueError, match="Invalid betas: "):
         AdamPWD([Parameter(torch.ones(2))], p=0.5, lambda_p=0.1, betas=betas)

@@ -62,17 +62,50 @@ def test_one_scale_alone(run_program, places, tmp_path):
     assert not (tmp_path / "results" / "demo").exists()
 
 
-def test_nothing_to_collect_is_said(run_program, places):
+def test_nothing_to_collect_is_said(run_program, places, tmp_path):
+    (tmp_path / "runs").mkdir()
     done = run_program(COLLECT, *places)
     assert done.code == 0
     assert "no finished runs" in done.out
 
 
-def test_a_broken_result_is_named(run_program, places, tmp_path):
-    (finish(tmp_path, "demo", "a") / "result.json").write_text("{")
+def test_a_folder_that_is_not_there_is_an_error(run_program):
+    done = run_program(COLLECT, "--runs", "nowhere")
+    assert done.code == 2
+    assert "error: there is no folder nowhere" in done.out
+
+
+def damage(folder, how):
+    path = folder / "result.json"
+    if how == "copied":
+        shutil.copytree(folder, folder.with_name("a_copy"))
+        return "a_copy"
+    if how == "list":
+        path.write_text(path.read_text().replace('"seed": null', '"seed": [0, 1]'))
+    else:
+        path.write_text(how)
+    return str(path)
+
+
+@pytest.mark.parametrize("how", ["", "{", "[]", '{"record": {}}', "list", "copied"])
+def test_broken_results_are_named_and_the_others_recorded(run_program, places, tmp_path, how):
+    named = damage(finish(tmp_path, "demo", "a"), how)
+    finish(tmp_path, "demo", "b")
+    anew = run_program(COLLECT, *places, "--anew")
+    assert anew.code == 2
+    assert "nothing is written" in anew.out
+    assert not (tmp_path / "results").exists()
     done = run_program(COLLECT, *places)
     assert done.code == 2
-    assert "result.json" in done.out
+    assert named in done.out
+    assert len([line for line in done.out.splitlines() if line.startswith("error: ")]) == 1
+    assert ids(tmp_path, "demo") == (["a", "b"] if how == "copied" else ["b"])
+
+
+def test_values_in_quotes_are_recorded_as_the_numbers_that_they_are(run_program, places, tmp_path):
+    finish(tmp_path, "demo", "a", seed="1", lr="0.5")
+    assert run_program(COLLECT, *places).code == 0
+    assert rates(tmp_path, "demo") == {"a": 0.5}
 
 
 def sparse_run(tmp_path, run_id, p, sparsity, accuracy):
@@ -96,3 +129,42 @@ def test_the_weights_of_the_best_sparse_run_of_each_p_are_kept(run_program, plac
     shutil.rmtree(elsewhere)  # the next machine does not have it
     assert run_program(COLLECT, *places).code == 0
     assert kept.read_text() == expected
+
+
+def with_curve(tmp_path, run_id, *accuracies, recorded=None, header="step,val_accuracy"):
+    folder = finish(
+        tmp_path, "cpu", run_id, val_accuracy=accuracies[-1] if recorded is None else recorded
+    )
+    lines = [f"{10 * (n + 1)},{accuracy}" for n, accuracy in enumerate(accuracies)]
+    (folder / "metrics.csv").write_text("\n".join([header, *lines]) + "\n")
+    return folder
+
+
+def test_learning_curves_are_kept_by_run(run_program, places, tmp_path):
+    gone = with_curve(tmp_path, "b", 10.0, 20.5)
+    path = tmp_path / "results" / "cpu" / "curves" / "digits.csv.gz"
+    assert run_program(COLLECT, *places).code == 0
+    shutil.rmtree(gone)  # the next machine does not have it
+    with_curve(tmp_path, "c", 10.0, 30.0, recorded=31.0)  # another doing of it is recorded
+    with_curve(tmp_path, "a", 40.0, header="lr,val_accuracy")
+    done = run_program(COLLECT, *places)
+    assert "learning curves of 2 of them" in done.out
+    curves = records.read_curves(path)
+    assert list(curves["run_id"]) == ["a", "b", "b"]
+    assert list(curves["val_accuracy"]) == [40.0, 10.0, 20.5]
+    assert curves["step"].isna().tolist() == [True, False, False]
+    content, written = path.read_bytes(), path.stat().st_mtime_ns
+    assert run_program(COLLECT, *places).code == 0
+    assert path.stat().st_mtime_ns == written
+    path.unlink()
+    with_curve(tmp_path, "b", 10.0, 20.5)
+    assert run_program(COLLECT, *places).code == 0
+    assert path.read_bytes() == content  # whatever the time and the order
+
+    shutil.rmtree(tmp_path / "runs" / "cpu" / "digits" / "a")
+    assert run_program(COLLECT, *places, "--anew").code == 0
+    assert set(records.read_curves(path)["run_id"]) == {"b"}
+    path.write_bytes(content[:-9])
+    damaged = run_program(COLLECT, *places)
+    assert damaged.code == 2
+    assert f"error: {path} is cut off or damaged" in damaged.out

@@ -55,6 +55,17 @@ def test_warmup_takes_at_most_half_of_a_short_run():
     assert WarmupCosine(warmup_steps=100).warmup(10, None) == 5
 
 
+def test_what_is_left_of_a_warmup_that_is_too_long_is_said():
+    said = WarmupCosine(warmup_steps=100).shortened(10, None)
+    assert said.startswith("schedule.warmup_steps=100: more than half of the run, which has 10")
+    assert said.endswith("takes 5 of them, not 100")
+    by_epochs = WarmupCosine(warmup_epochs=1.5).shortened(10, 4)
+    assert by_epochs.startswith("schedule.warmup_epochs=1.5: ")
+    assert by_epochs.endswith("takes 5 of them, not 6")
+    assert WarmupCosine(warmup_steps=5).shortened(10, None) == ""
+    assert WarmupCosine().shortened(10, None) == ""
+
+
 @pytest.mark.parametrize(
     "options",
     [

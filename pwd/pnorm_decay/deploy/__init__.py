@@ -1,5 +1,6 @@
 """What zeros are worth once training is over: small files, small networks, fast inference."""
 
+from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 from pnorm_decay.deploy.compact import (
@@ -34,10 +35,9 @@ def __getattr__(name: str) -> Any:
     if name not in ("SparseFileError", "load_sparse", "save_sparse"):
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     try:
-        from pnorm_decay.deploy import sparse_files
+        return getattr(import_module("pnorm_decay.deploy.sparse_files"), name)
     except ModuleNotFoundError as error:
         if error.name not in ("numpy", "safetensors", "zstandard"):
             raise
         needed = f"{name} needs {error.name}: pip install 'pnorm-decay[deploy]'"
-        raise ModuleNotFoundError(needed) from error
-    return getattr(sparse_files, name)
+        raise ModuleNotFoundError(needed, name=error.name) from error

@@ -405,8 +405,14 @@ def _arranged(
     return _placed(nonzeros, line * g.columns + column // stride[1])
 
 
-# In a compiled or exported graph, a layer is one of these operations.
-@torch.library.custom_op("pnorm_decay::sparse_linear", mutates_args=())
+# In a compiled or exported graph, a layer is one of these operations. torch 2.4 does not read their
+# schemas from annotations like these.
+@torch.library.custom_op(
+    "pnorm_decay::sparse_linear",
+    mutates_args=(),
+    schema="(Tensor x, Tensor values, Tensor places, Tensor ends, Tensor? bias, int columns) "
+    "-> Tensor",
+)
 def _linear_op(
     x: Tensor, values: Tensor, places: Tensor, ends: Tensor, bias: Tensor | None, columns: int
 ) -> Tensor:
@@ -420,7 +426,12 @@ def _(
     return x.new_empty(*x.shape[:-1], len(ends))
 
 
-@torch.library.custom_op("pnorm_decay::sparse_conv2d", mutates_args=())
+@torch.library.custom_op(
+    "pnorm_decay::sparse_conv2d",
+    mutates_args=(),
+    schema="(Tensor x, Tensor values, Tensor places, Tensor ends, Tensor? bias, Tensor? residual, "
+    "bool relu, int[] shape, int[] stride, int[] padding, int[] dilation, int groups) -> Tensor",
+)
 def _convolution_op(
     x: Tensor,
     values: Tensor,

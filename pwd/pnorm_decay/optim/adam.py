@@ -4,6 +4,7 @@ from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
 from pnorm_decay.optim.base import PNormDecayOptimizer
+from pnorm_decay.optim.options import floats
 from pnorm_decay.optim.rules import AdamRule
 
 
@@ -123,7 +124,7 @@ class AdamPWD(PNormDecayOptimizer):
     ) -> None:
         defaults = {
             "lr": lr,
-            "betas": tuple(map(float, betas)) if isinstance(betas, (tuple, list)) else betas,
+            "betas": floats(betas),
             "eps": eps,
             "weight_decay": weight_decay,
             "amsgrad": amsgrad,

@@ -5,7 +5,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.optimizer import ParamsT
 
@@ -33,6 +33,11 @@ class PNormDecayOptimizer(Optimizer):
     rule: Rule
 
     def __init__(self, params: ParamsT, defaults: Group) -> None:
+        if isinstance(params, nn.Module):
+            raise TypeError(
+                f"params must be parameters or groups of them, not a {type(params).__name__}: "
+                "give param_groups(model, ...)"
+            )
         self._checked_for_zeros: set[int] = set()  # ids of the parameters that have been looked at
         self._unasked: set[int] = set()  # see warn_of_vectors
         self._key = op.register(self)

@@ -6,6 +6,8 @@ from torch import nn
 from torch.nn import Parameter
 from torch.nn.parameter import is_lazy
 
+from pnorm_decay.optim.options import check
+
 __all__ = ["param_groups", "split_decayed"]
 
 NamedParameters = list[tuple[str, Parameter]]
@@ -25,8 +27,14 @@ def split_decayed(model: nn.Module) -> tuple[NamedParameters, NamedParameters]:
         Two lists of (name, parameter), decayed and undecayed, each in the model's order.
 
     Raises:
+        TypeError: `model` is no module.
         ValueError: a parameter of a lazy module is not initialised yet.
     """
+    if not isinstance(model, nn.Module):
+        raise TypeError(
+            f"model must be an nn.Module, not a {type(model).__name__}: which parameters decay is "
+            "seen from the model itself, not from model.parameters()"
+        )
     decayed: NamedParameters = []
     undecayed: NamedParameters = []
     for name, parameter in model.named_parameters():
@@ -56,9 +64,11 @@ def param_groups(
         one with `weight_decay = 0` and `hold_zeros = False`, too.
 
     Raises:
-        ValueError: zero_init is neither "decay" nor "exclude", or a parameter of a lazy module is
-            not initialised yet.
+        TypeError: `model` is no module.
+        ValueError: p or lambda_p is out of its range, zero_init is neither "decay" nor "exclude",
+            or a parameter of a lazy module is not initialised yet.
     """
+    check({"p": p, "lambda_p": lambda_p}, "param_groups")
     if zero_init not in ("decay", "exclude"):
         raise ValueError(f'Invalid zero_init: {zero_init!r} (must be "decay" or "exclude")')
     decayed, undecayed = split_decayed(model)

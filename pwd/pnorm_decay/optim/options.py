@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
-__all__ = ["Group", "Number", "check", "decays"]
+__all__ = ["Group", "Number", "check", "decays", "floats"]
 
 Group = dict[str, Any]
 Number = float | Tensor  # a tensor has one element
@@ -27,7 +27,7 @@ OPTIONS = {
     "weight_decay": AT_LEAST_0,
     "reweight_every": Option(lambda v: isinstance(v, int) and v >= 1, "an integer of at least 1"),
     "auxiliary_beta": Option(lambda v: 0 <= v < 1, "in [0, 1)"),
-    "betas": Option(lambda v: len(v) == 2 and all(0 <= b < 1 for b in v), "two, in [0, 1)"),
+    "betas": Option(lambda v: len(v) == 2 and all(0 <= b < 1 for b in v), "two numbers in [0, 1)"),
     "eps": Option(lambda v: v >= 0, "at least 0"),
     "momentum": AT_LEAST_0,
     "dampening": Option(math.isfinite, "finite"),
@@ -62,8 +62,11 @@ def check(group: Group, owner: str, names: Iterable[str] = OPTIONS) -> None:
             except TypeError:
                 valid = False
             if not valid:
+                allowed = option.allowed
+                if isinstance(value, str):
+                    allowed = f"a number, not a text; {allowed}"
                 shown = repr(value) if isinstance(value, str) else value
-                raise ValueError(f"Invalid {name}: {shown} (must be {option.allowed})")
+                raise ValueError(f"Invalid {name}: {shown} (must be {allowed})")
     if missing:
         raise ValueError(f"Missing {missing}: give it to {owner}")
     if group.get("nesterov") and (group["momentum"] <= 0 or group["dampening"] != 0):
@@ -81,6 +84,14 @@ def check(group: Group, owner: str, names: Iterable[str] = OPTIONS) -> None:
     if group.get("fused") and (group["foreach"] or group["differentiable"]):
         other = "foreach" if group["foreach"] else "differentiable"
         raise RuntimeError(f"`fused` and `{other}` cannot be `True` together")
+
+
+def floats(values: Any) -> Any:
+    """A tuple of floats; what is none stays as it is, for `check` to name it."""
+    try:
+        return tuple(map(float, values))
+    except (TypeError, ValueError):
+        return values
 
 
 def decays(group: Group) -> bool:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+from collections.abc import Mapping
 from pathlib import Path
 from pickle import UnpicklingError
 from typing import Any
@@ -24,6 +25,8 @@ from pnorm_decay.training.schedule import DecaySchedule, TargetSchedule, WarmupC
 from pnorm_decay.training.settings import (
     DECAY_OPTIONS,
     ConfigError,
+    DataSettings,
+    ModelSettings,
     OptimizerSettings,
     Part,
     Settings,
@@ -72,33 +75,75 @@ def build_model(settings: Settings, data: Dataset) -> nn.Module:
     return build("model", settings.model, **data.model_args)
 
 
-def saved_network(run_dir: Path) -> nn.Module:
-    """The network of a finished run, in eval mode on the CPU; its data are not needed.
+def load_run(
+    folder: str | Path, device: torch.device | str = "cpu"
+) -> tuple[nn.Module, dict[str, Any]]:
+    """The trained network of a finished run, and the config that it was trained with.
+
+    The run's data are not needed for the networks of this package. Nothing is unpickled.
+
+    Args:
+        folder: the run's, ``runs/<scale>/<name>/<run_id>``, with ``result.json`` and ``model.pt``.
+        device: where the network goes.
+
+    Returns:
+        The network, in eval mode, and the resolved config: a dictionary like
+        ``result.json["config"]``.
 
     Raises:
-        ConfigError: there is no finished run with a saved network, or it is damaged.
+        ConfigError: there is no finished run, or none whose network was saved, or it is damaged.
+        RecordError: the run's ``result.json`` is damaged.
+
+    Example:
+        >>> model, config = load_run(folder)  # doctest: +SKIP
+        >>> config["optimizer"]["p"]  # doctest: +SKIP
+        0.8
     """
-    result = records.read_result(run_dir)
-    if result is None or not (run_dir / records.MODEL_FILE).is_file():
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise ConfigError(f"there is no folder {folder}; a run is in runs/<scale>/<name>/<run_id>")
+    result = records.read_result(folder)
+    if result is None:
+        raise ConfigError(f"{folder} holds no finished run: there is no {records.RESULT_FILE}")
+    path = folder / records.MODEL_FILE
+    if not path.exists():
         raise ConfigError(
-            f"{run_dir} is no finished run with a saved network ({records.MODEL_FILE})"
+            f"{folder} has no saved network: there is no {records.MODEL_FILE}, which "
+            "trainer.save_model=true leaves"
         )
+    return saved_network(path, result["config"]).to(device), result["config"]
+
+
+def saved_network(path: Path, config: Mapping[str, Any]) -> nn.Module:
+    """The network of a ``model.pt``, in eval mode on the CPU.
+
+    Args:
+        path: the file.
+        config: of the run that wrote it.
+
+    Raises:
+        ConfigError: the file is damaged or of another model.
+    """
     try:
-        state = torch.load(run_dir / records.MODEL_FILE, map_location="cpu", weights_only=True)
-        if "token_embedding.weight" in state:
-            sizes = {"vocab_size": len(state["token_embedding.weight"])}
-        else:
-            sizes = {
-                "num_classes": len(state["head.weight"]),
-                "in_channels": state["conv1.weight"].shape[1],
-            }
-        network: nn.Module = build("model", Part.checked(result["config"]["model"]), **sizes)
+        state = torch.load(path, map_location="cpu", weights_only=True)
+        model = ModelSettings.checked(config["model"], "model")
+        network: nn.Module = build("model", model, **sizes(config, state))
         network.load_state_dict(state)
-    except (RuntimeError, UnpicklingError, KeyError, EOFError) as error:
-        raise ConfigError(
-            f"{run_dir / records.MODEL_FILE} is damaged or of another model"
-        ) from error
+    except (RuntimeError, UnpicklingError, EOFError, LookupError, AttributeError) as error:
+        raise ConfigError(f"{path} is damaged or of another model") from error
     return network.eval()
+
+
+def sizes(config: Mapping[str, Any], state: Mapping[str, Tensor]) -> dict[str, int]:
+    """What the data prescribe to a model, seen from its weights; asked of the data otherwise."""
+    if "token_embedding.weight" in state:
+        return {"vocab_size": len(state["token_embedding.weight"])}
+    if {"head.weight", "conv1.weight"} <= state.keys():
+        channels = state["conv1.weight"].shape[1]
+        return {"num_classes": len(state["head.weight"]), "in_channels": channels}
+    data: Dataset = build("data", DataSettings.checked(config["data"], "data"))
+    data.setup(torch.device("cpu"))
+    return data.model_args
 
 
 def check_memory(settings: Settings, data: Dataset) -> None:

@@ -42,7 +42,7 @@ from pnorm_decay.training import stopping
 from pnorm_decay.training.progress import TOTAL, console
 from pnorm_decay.training.provenance import git_commit
 from pnorm_decay.training.run import LeftError, ProcessDiedError, RunError, record_lost
-from pnorm_decay.training.settings import cores
+from pnorm_decay.training.settings import Settings, cores
 from pnorm_decay.training.tracking import LoggerError
 
 LOOK_SECONDS = 0.2  # between two looks at whether the sweep was asked to stop
@@ -96,6 +96,20 @@ class Sweep:
             job_subdir_key="hydra.sweep.subdir",
             hydra_context=self.context,
         )
+
+    def check(self, overrides: Sequence[Sequence[str]]) -> None:
+        """Composes so many of the runs that each of their words is met, and starts none.
+
+        Raises:
+            ConfigError: a value is not what a run takes.
+        """
+        met: set[str] = set()
+        for number, words in enumerate(overrides):
+            if not met.issuperset(words):
+                met.update(words)
+                tried = self.run(number, words, Settings.from_config)
+                if tried.status != JobStatus.COMPLETED:
+                    raise tried._return_value
 
 
 class Worker:
@@ -167,8 +181,10 @@ def launch(
         How each ended, in order.
 
     Raises:
+        ConfigError: a value is not what a run takes; none has begun.
         Stopped: the sweep was asked to stop; the runs that had begun have saved their states.
     """
+    sweep.check(overrides)
     setup_globals()
     common = cloudpickle.dumps((sweep, Singleton.get_state()))
     left = collections.deque(enumerate(overrides))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import gc
 import traceback
 from collections.abc import Mapping
@@ -10,6 +11,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+import pandas as pd
 import torch
 from accelerate import Accelerator
 from omegaconf import DictConfig
@@ -214,7 +216,26 @@ def repeats_a_best_run(run: Run) -> bool:
     if not run.recorded.exists():
         raise ConfigError(f"repeat_best: there are no recorded runs to repeat in {run.recorded}")
     first = identity(run.settings.model_copy(update={"seed": 0}), run.data.identity)
-    return first in selection.worth_repeating(records.read(run.recorded))
+    return first in worth_repeating(*version(run.recorded))
+
+
+def version(path: Path) -> tuple[Path, int, int]:
+    """A file with what changes when it is written."""
+    now = path.stat()
+    return path, now.st_mtime_ns, now.st_size
+
+
+# The runs of a sweep ask the same file one after the other.
+@functools.lru_cache(maxsize=2)
+def worth_repeating(path: Path, *_: int) -> set[str]:
+    """As ``selection.worth_repeating``, of a version of a results file."""
+    return selection.worth_repeating(recorded_rows(*version(path)))
+
+
+@functools.lru_cache(maxsize=2)
+def recorded_rows(path: Path, *_: int) -> pd.DataFrame:
+    """As ``records.read``, of a version of a results file."""
+    return records.read(path)
 
 
 def finished_record(run: Run) -> dict[str, Any] | None:
@@ -224,7 +245,7 @@ def finished_record(run: Run) -> dict[str, Any] | None:
         records.check_owner(run.folder, result, run.id)
         return result["record"]
     if run.settings.skip_recorded and run.recorded.exists():
-        rows = records.read(run.recorded)
+        rows = recorded_rows(*version(run.recorded))
         rows = rows[(rows["run_id"] == run.id) & (rows["status"] != "failed")]
         if len(rows):
             return {str(key): value for key, value in rows.iloc[0].items()}

@@ -53,18 +53,32 @@ class WarmupCosine(Checked):
             raise ValueError("schedule.warmup_epochs and schedule.warmup_steps: set one of them")
         return self
 
+    def asked(self, steps_per_epoch: int | None) -> int:
+        """The length of the warm-up in steps, however long the run is."""
+        if self.warmup_epochs is None:
+            return self.warmup_steps or 0
+        if steps_per_epoch is None:
+            raise ConfigError(
+                f"schedule.warmup_epochs={self.warmup_epochs}: text has no epochs; "
+                "set schedule.warmup_steps instead"
+            )
+        return round(self.warmup_epochs * steps_per_epoch)
+
     def warmup(self, steps: int, steps_per_epoch: int | None) -> int:
         """The length of the warm-up in steps, for a run of ``steps``."""
-        warmup = self.warmup_steps or 0
-        if self.warmup_epochs is not None:
-            if steps_per_epoch is None:
-                raise ConfigError(
-                    f"schedule.warmup_epochs={self.warmup_epochs}: text has no epochs; "
-                    "set schedule.warmup_steps instead"
-                )
-            warmup = round(self.warmup_epochs * steps_per_epoch)
         # A run cut short for a look would otherwise never leave its warm-up.
-        return min(warmup, steps // 2)
+        return min(self.asked(steps_per_epoch), steps // 2)
+
+    def shortened(self, steps: int, steps_per_epoch: int | None) -> str:
+        """What to tell of a warm-up that a run of ``steps`` cannot have whole; "" of any other."""
+        asked, takes = self.asked(steps_per_epoch), self.warmup(steps, steps_per_epoch)
+        if takes == asked:
+            return ""
+        key = "warmup_steps" if self.warmup_epochs is None else "warmup_epochs"
+        return (
+            f"schedule.{key}={getattr(self, key)}: more than half of the run, which has "
+            f"{steps:,} steps; the warm-up takes {takes:,} of them, not {asked:,}"
+        )
 
     def attach(self, optimizer: Optimizer, steps: int, steps_per_epoch: int | None) -> LambdaLR:
         """The scheduler for a run of ``steps``."""

@@ -36,7 +36,7 @@ from pnorm_decay.training.machine import (
     in_memory_format,
     share_batch_norm,
 )
-from pnorm_decay.training.progress import console, training_progress
+from pnorm_decay.training.progress import console, sweep_position, training_progress
 from pnorm_decay.training.settings import Settings
 from pnorm_decay.training.tracking import Row, Tracker
 
@@ -111,6 +111,9 @@ class Training:
             data.train_batch(0, 2, self.seed)[0], self.settings.channels_last
         )
         warmup = schedule.warmup(self.steps, per_epoch)
+        shortened = schedule.shortened(self.steps, per_epoch)
+        if shortened and accelerator.is_main_process:
+            console.print(f"{sweep_position()}warning: {shortened}", style="yellow")
         building.set_up_method(self.method, model, example, steps=self.steps, warmup=warmup)
         optimizer = building.build_optimizer(settings.optimizer, model)
         seed_process(self.seed, accelerator.process_index)
