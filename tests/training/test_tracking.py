@@ -79,6 +79,15 @@ def test_the_summary_is_the_record_and_not_the_last_row(tmp_path):
     assert found["group"] == "a group"
 
 
+def test_a_diverged_run_keeps_no_accuracy_of_before(tmp_path):
+    with tracker(tmp_path) as log:
+        log.log({"step": 1, "lr": 0.1, "val_accuracy": 50.0}, model_of(1.0))
+        log.summarise({"val_accuracy": None, "status": "diverged"})
+    summary = read_wandb(tmp_path)["summary"]
+    assert summary.get("val_accuracy") is None
+    assert summary["status"] == "diverged"
+
+
 @pytest.mark.parametrize("length", [128, 129, 400])
 def test_names_are_no_longer_than_wandb_takes(length):
     names = {shortened("x" * (length - 1) + end) for end in "ab"}
