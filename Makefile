@@ -15,7 +15,7 @@ DRAWN := results/figures/.drawn
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help setup lock data sweep figures explorer verify reproduce-figures bench bench-optimizer bench-training bench-sweep bench-files bench-compact bench-inference dashboard sync soak test test-ray test-wheel notebooks run-notebooks docs lint clean
+.PHONY: help setup lock data sweep figures explorer verify reproduce-figures bench bench-optimizer bench-training bench-sweep bench-files bench-compact bench-inference dashboard dashboard-online sync soak test test-ray test-wheel notebooks run-notebooks docs lint clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-18s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -88,6 +88,9 @@ dashboard: $(READY) ## browse the offline W&B runs in the terminal
 
 sync: $(READY) ## upload the offline W&B runs to a W&B server (after .venv/bin/wandb login)
 	$(BIN)/wandb sync runs/wandb/offline-run-*
+
+dashboard-online: $(READY) ## save a W&B workspace of the runs (ENTITY=... and PROJECT=..., after make sync)
+	$(BIN)/python scripts/dashboard.py $(if $(ENTITY),--entity $(ENTITY)) $(if $(PROJECT),--project $(PROJECT))
 
 soak: $(READY) ## kill and resume a run fifty times, and compare the bits (several minutes)
 	$(BIN)/python scripts/soak.py

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import json
 import os
+import re
 import runpy
 import signal
+import subprocess
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -24,6 +28,8 @@ SHORT = [
     "trainer.eval_every=3",
     "trainer.threads=1",  # the suite's processes share the cores
 ]
+
+HISTOGRAM_PART = re.compile(r"\.(_type|bins|values)$")  # of the name of an entry of W&B's history
 
 # An example may take as long as it takes: the machine may be busy.
 settings.register_profile("busy", deadline=None, suppress_health_check=[HealthCheck.too_slow])
@@ -74,3 +80,25 @@ def run_program(
         return Finished(code if isinstance(code, int) else int(code is not None), *captured)
 
     return run
+
+
+def read_wandb(folder: Path) -> dict[str, Any]:
+    """What the one offline W&B run below ``folder`` has logged, by W&B's own reader of its file.
+
+    Returns:
+        W&B's summary of it, without what W&B adds on its own; also ``group``, ``job_type`` and, as
+        ``keys``, the names in its history.
+    """
+    (path,) = folder.glob("wandb/offline-run-*/*.wandb")
+    program = [Path(sys.executable).with_name("wandb"), "leet", "inspect", "--json"]
+    summary, lines = (
+        subprocess.run([*program, *more, path], capture_output=True, check=True, text=True).stdout
+        for more in (["--summary"], [])
+    )
+    records = [json.loads(line) for line in lines.splitlines()]
+    run = next(record["run"] for record in records if record["type"] == "run")
+    rows = [record["history"]["item"] for record in records if record["type"] == "history"]
+    keys = {name for row in rows for name in row if not name.startswith("_")}
+    found = json.loads(summary) | {"group": run["run_group"], "job_type": run["job_type"]}
+    shown = {k: v for k, v in found["summary"].items() if not k.startswith("_")}
+    return found | {"summary": shown, "keys": {HISTOGRAM_PART.sub("", key) for key in keys}}

@@ -12,7 +12,7 @@ import pandas as pd
 import pytest
 import torch
 
-from conftest import REPOSITORY, SHORT
+from conftest import REPOSITORY, SHORT, read_wandb
 from pnorm_decay import records
 from pnorm_decay.data import Digits
 from pnorm_decay.models import ResNet18
@@ -56,8 +56,7 @@ def test_one_run_leaves_a_complete_folder_and_is_not_done_again(run_program, pla
     model = torch.load(path.parent / "model.pt", weights_only=True)
     decayed = [tensor for tensor in model.values() if tensor.ndim >= 2]
     assert sum(tensor.numel() for tensor in decayed) == record["params_decayed"]
-    (offline,) = (tmp_path / "runs" / "wandb").glob("offline-run-*")
-    assert list(offline.glob("*.wandb"))
+    assert_is_found_in_wandb(read_wandb(tmp_path / "runs"), record)
 
     written = path.stat().st_mtime_ns
     again = run_program(TRAIN, *arguments)
@@ -65,6 +64,25 @@ def test_one_run_leaves_a_complete_folder_and_is_not_done_again(run_program, pla
     assert "already complete" in again.err
     assert path.stat().st_mtime_ns == written
     assert len(list((tmp_path / "runs" / "wandb").glob("offline-run-*"))) == 1
+
+
+def assert_is_found_in_wandb(run, record):
+    """By its settings, beside other seeds of the same setting, with the record as its summary."""
+    settings = ("method", "p", "lambda_p", "lr", "seed", "target_sparsity", "data", "overrides")
+    config, summary = run["config"], run["summary"]
+    assert {name: config[name] for name in settings} == {name: record[name] for name in settings}
+    assert (config["scale"], config["experiment"]) == ("demo", "resnet_digits")
+    assert config["model/width"] == 4
+    assert not {"grid", "sweeps", "runs_dir"} & config.keys()
+    assert run["name"].startswith("pwd p=0.5 lambda_p=0.03 lr=0.001 seed=0 model.width=4 ")
+    assert run["group"] == "demo/resnet_digits " + run["name"].replace("seed=0 ", "")
+    assert (run["job_type"], run["tags"]) == ("pwd", ["demo", "resnet_digits", "pwd"])
+    layers = {name for name in summary if name.startswith("sparsity/")}
+    assert len(layers) == 21
+    results = {k: v for k, v in record.items() if k not in config and k != "run_id"}
+    assert {k: v for k, v in summary.items() if k not in layers} | {"reason": None} == results
+    curves = {"train/loss", "train/lr", "val/accuracy", "val/loss", "weights/sparsity"}
+    assert curves | layers <= run["keys"]
 
 
 def test_the_same_run_gives_the_same_metrics(run_program, tmp_path):

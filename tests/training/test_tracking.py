@@ -7,8 +7,14 @@ import torch
 import wandb
 from torch import nn
 
+from conftest import read_wandb
 from pnorm_decay.training.settings import LoggerSettings
-from pnorm_decay.training.tracking import Tracker, log_weight_histogram, write_csv
+from pnorm_decay.training.tracking import (
+    Tracker,
+    log_weight_histogram,
+    shortened,
+    write_csv,
+)
 
 
 def model_of(*values: float) -> nn.Module:
@@ -20,16 +26,9 @@ def model_of(*values: float) -> nn.Module:
 
 def tracker(tmp_path, **changes):
     logger = {"mode": "offline", "project": "test", "entity": None, "dir": str(tmp_path)}
-    return Tracker(
-        tmp_path,
-        LoggerSettings(**(logger | changes)),
-        run_id="abc",
-        experiment="demo/test",
-        sweep="none",
-        method="pwd",
-        name="a run",
-        config={"p": 0.5},
-    )
+    run = {"id": "abc", "name": "a run", "group": "a group", "job_type": "pwd", "tags": ["demo"]}
+    run["config"] = {"p": 0.5, "lr": 0.1}
+    return Tracker(tmp_path, LoggerSettings(**(logger | changes)), run)
 
 
 def test_histogram_counts_every_decayed_weight_in_its_bin():
@@ -55,7 +54,7 @@ def test_history_goes_to_csv_and_to_wandb_and_the_run_is_closed(tmp_path):
         log.log(row | {"step": 2}, model_of(0.0, 1.0))
         summary = dict(wandb.run.summary)
     assert wandb.run is None
-    assert summary["weights/sparsity/weight"] == 0.5
+    assert summary["val_accuracy"] == 50.0
     with (tmp_path / "metrics.csv").open() as file:
         assert [line["step"] for line in csv.DictReader(file)] == ["1", "2"]
     with (tmp_path / "weights.csv").open() as file:
@@ -64,6 +63,36 @@ def test_history_goes_to_csv_and_to_wandb_and_the_run_is_closed(tmp_path):
     counts = {name: int(value) for name, value in last.items() if name.startswith("log10/")}
     assert (len(counts), sum(counts.values())) == (88, 2)
     assert (counts["log10/-20"], counts["log10/0"]) == (1, 1)
+
+
+def test_the_summary_is_the_record_and_not_the_last_row(tmp_path):
+    row = {"step": 1, "lr": 0.1, "val_accuracy": 50.0, "seconds": 1.0}
+    with tracker(tmp_path) as log:
+        log.log(row, nn.Sequential(model_of(0.0, 1.0)))
+        log.log(row | {"step": 2, "lr": 1e-5, "val_accuracy": 40.0}, nn.Sequential(model_of(0.0)))
+        log.summarise({"run_id": "abc", "p": 0.5, "lr": 0.1, "val_accuracy": 41.0, "seconds": 9.0})
+    found = read_wandb(tmp_path)
+    assert found.pop("keys") == {"train/lr", "train/seconds", "val/accuracy", "weights/log10_abs",
+                                 "sparsity/0.weight"}  # fmt: skip
+    assert found["config"] == {"p": 0.5, "lr": 0.1}
+    assert found["summary"] == {"val_accuracy": 41.0, "seconds": 9.0, "sparsity/0.weight": 1}
+    assert found["group"] == "a group"
+
+
+def test_a_diverged_run_keeps_no_accuracy_of_before(tmp_path):
+    with tracker(tmp_path) as log:
+        log.log({"step": 1, "lr": 0.1, "val_accuracy": 50.0}, model_of(1.0))
+        log.summarise({"val_accuracy": None, "status": "diverged"})
+    summary = read_wandb(tmp_path)["summary"]
+    assert summary.get("val_accuracy") is None
+    assert summary["status"] == "diverged"
+
+
+@pytest.mark.parametrize("length", [128, 129, 400])
+def test_names_are_no_longer_than_wandb_takes(length):
+    names = {shortened("x" * (length - 1) + end) for end in "ab"}
+    assert {len(name) for name in names} == {128}
+    assert len(names) == 2
 
 
 def test_a_resumed_history_goes_on(tmp_path):

@@ -76,6 +76,24 @@ def hyperparameters(settings: Settings) -> dict[str, Any]:
     }
 
 
+def options(settings: Settings) -> dict[str, Any]:
+    """What determines a run's result beside ``hyperparameters``, one entry an option.
+
+    Returns:
+        Such as {"model/width": 8}; without what is not set, and without the names of classes. W&B
+        would take a dot in a name for a dictionary in another.
+    """
+    given = determining(settings)
+    told = _told_by_columns(given["optimizer"])
+    return {
+        f"{group}/{key}": value
+        for group in settings.IDENTITY
+        if group != "seed"
+        for key, value in given[group].items()
+        if key != "_target_" and value is not None and f"{group}.{key}" not in told
+    }
+
+
 def overrides(settings: Settings) -> str:
     """What sets a run apart from its experiment's file, beside what the other columns tell.
 
@@ -90,9 +108,7 @@ def overrides(settings: Settings) -> str:
 def differences(settings: Settings, own: Settings) -> list[str]:
     """The words of ``overrides``, in order, against given settings of the experiment."""
     ours, theirs = determining(settings), determining(own)
-    decay = next((name for name in DECAY_OPTIONS if name in ours["optimizer"]), None)
-    told = {"seed", "optimizer.lr", "optimizer.p", "optimizer.method", f"optimizer.{decay}"}
-    told |= {"pruning.name", "pruning.sparsity", "decay_schedule.sparsity"}
+    told = _told_by_columns(ours["optimizer"])
     words = []
     for group in settings.IDENTITY:
         if group == "seed":
@@ -109,17 +125,28 @@ def differences(settings: Settings, own: Settings) -> list[str]:
     return words
 
 
+def _told_by_columns(optimizer: Mapping[str, Any]) -> set[str]:
+    """The options that a record has in columns of their own."""
+    decay = next((name for name in DECAY_OPTIONS if name in optimizer), None)
+    told = {"optimizer.lr", "optimizer.p", "optimizer.method", f"optimizer.{decay}"}
+    return told | {"pruning.name", "pruning.sparsity", "decay_schedule.sparsity"}
+
+
 def _word(value: Any) -> str:
     """A value as on the command line, whole."""
     text = value if isinstance(value, str) else json.dumps(value, default=str)
     return text.replace(", ", ",")
 
 
-def run_name(settings: Settings) -> str:
-    """What a person reads in a list of runs."""
+def run_name(settings: Settings, *, seed: bool = True) -> str:
+    """What a person reads in a list of runs; without its seed, the name of all its repetitions."""
     what = hyperparameters(settings)
-    strength = "" if what["lambda_p"] is None else f" lambda_p={what['lambda_p']:g}"
-    name = "{method} p={p:g}{strength} lr={lr:g} seed={seed}".format(**what, strength=strength)
-    target = what["target_sparsity"]
-    name = name if target is None else f"{name} sparsity={target}"
-    return f"{name} {overrides(settings)}".rstrip()
+    words = [what["method"], f"p={what['p']:g}"]
+    if what["lambda_p"] is not None:
+        words.append(f"lambda_p={what['lambda_p']:g}")
+    words.append(f"lr={what['lr']:g}")
+    if seed:
+        words.append(f"seed={settings.seed}")
+    if what["target_sparsity"] is not None:
+        words.append(f"sparsity={what['target_sparsity']}")
+    return " ".join([*words, overrides(settings)]).rstrip()

@@ -22,7 +22,13 @@ from pnorm_decay.training import checkpoint
 from pnorm_decay.training.building import build_data
 from pnorm_decay.training.claiming import LOCKS, claimed
 from pnorm_decay.training.devices import own_gpu
-from pnorm_decay.training.identity import hyperparameters, identity, overrides, run_name
+from pnorm_decay.training.identity import (
+    hyperparameters,
+    identity,
+    options,
+    overrides,
+    run_name,
+)
 from pnorm_decay.training.machine import make_accelerator, prepare_process
 from pnorm_decay.training.progress import (
     console,
@@ -34,7 +40,7 @@ from pnorm_decay.training.progress import (
 )
 from pnorm_decay.training.provenance import describe_machine, git_commit
 from pnorm_decay.training.settings import ConfigError, Settings
-from pnorm_decay.training.tracking import Tracker
+from pnorm_decay.training.tracking import Tracker, shortened
 from pnorm_decay.training.trainer import Outcome, Training, train
 
 
@@ -101,6 +107,24 @@ class Run:
         known = {"run_id": self.id, "data": self.data.label}
         known["overrides"] = overrides(self.settings)
         return empty | known | hyperparameters(self.settings)
+
+    @property
+    def described(self) -> dict[str, Any]:
+        """What W&B is told of it, see ``Tracker``: seeds of one setting share a group."""
+        scale, experiment = self.settings.experiment_name.split("/")
+        sweep = self.settings.sweep_name
+        where = {"scale": scale, "experiment": experiment, "sweep": sweep, "data": self.data.label}
+        what = hyperparameters(self.settings)
+        method, group = what["method"], run_name(self.settings, seed=False)
+        tags = [scale, experiment, method, *([] if sweep == "none" else [sweep])]
+        return {
+            "id": self.id,
+            "name": shortened(self.name),
+            "group": shortened(f"{scale}/{experiment} {group}"),
+            "job_type": method,
+            "tags": list(dict.fromkeys(tags)),
+            "config": where | what | {"overrides": overrides(self.settings)} | options(self.settings),
+        }
 
 
 def run(cfg: DictConfig) -> dict[str, Any] | None:
@@ -176,12 +200,7 @@ def train_and_record(run: Run, accelerator: Accelerator) -> dict[str, Any]:
     with Tracker(
         run.folder,
         settings.logger,
-        run_id=run.id,
-        experiment=settings.experiment_name,
-        sweep=settings.sweep_name,
-        method=hyperparameters(settings)["method"],
-        name=run.name,
-        config=settings.config,
+        run.described,
         enabled=accelerator.is_main_process,
     ) as tracker:
         outcome = train(training, run.folder, tracker)

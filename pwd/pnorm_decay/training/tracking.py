@@ -2,12 +2,16 @@
 
 ``metrics.csv`` has a row an evaluation; ``weights.csv`` as well, with the sparsity of every layer
 (``sparsity/<layer>``) and the histogram of log10|w| (``log10/<lower edge of the bin>``).
+
+In W&B a run's config holds its settings, its summary what its record says of the result, and its
+history the curves: ``train/``, ``val/``, ``weights/``, and ``sparsity/<layer>``.
 """
 
 from __future__ import annotations
 
 import contextlib
 import csv
+import hashlib
 import io
 import logging
 from collections.abc import Mapping
@@ -31,6 +35,21 @@ LOG_WEIGHT_RANGE = (-20.0, 2.0)  # of log10|w|; exact zeros and smaller weights:
 LOG_WEIGHT_BINS = 88  # four a decade
 LARGEST_COUNT = 2**24  # that torch.histc is exact to: it counts in float32
 
+# W&B shows curves whose names begin alike beside each other.
+CURVES = {
+    "train_loss": "train/loss",
+    "lr": "train/lr",
+    "lambda_p": "train/lambda_p",
+    "seconds": "train/seconds",
+    "val_loss": "val/loss",
+    "val_accuracy": "val/accuracy",
+    "sparsity": "weights/sparsity",
+    "zero_fraction": "weights/zero_fraction",
+}
+LONGEST_NAME = 128  # characters of a run's or a group's name that a W&B server takes
+HISTOGRAM = "weights/log10_abs"
+LAYER_PREFIX = "sparsity/"
+
 Row = dict[str, Any]  # of numbers
 
 
@@ -47,6 +66,14 @@ def log_weight_histogram(model: nn.Module) -> tuple[np.ndarray, np.ndarray]:
         for part in logs.flatten().split(LARGEST_COUNT):
             counts += torch.histc(part, LOG_WEIGHT_BINS, low, high).double().cpu()
     return counts.long().numpy(), np.linspace(low, high, LOG_WEIGHT_BINS + 1)
+
+
+def shortened(name: str) -> str:
+    """A name that W&B takes: the end of a longer one is replaced by a hash of the whole."""
+    if len(name) <= LONGEST_NAME:
+        return name
+    digest = hashlib.sha256(name.encode()).hexdigest()[:8]
+    return f"{name[: LONGEST_NAME - 10]}… {digest}"
 
 
 def write_csv(path: Path, rows: list[Row]) -> None:
@@ -68,12 +95,8 @@ class Tracker:
     Args:
         run_dir: the run's folder.
         logger: the config group ``logger``.
-        run_id: the run's id, also W&B's.
-        experiment: ``<scale>/<name>``.
-        sweep: the sweep's name, or "none".
-        method: the method's name in records.
-        name: what a person reads in a list of runs.
-        config: the resolved config.
+        run: what W&B is told of the run: the arguments ``id``, ``name``, ``group``, ``job_type``,
+            ``tags`` and ``config`` of ``wandb.init``.
         enabled: whether anything is written; of several processes of a run, one does.
     """
 
@@ -81,30 +104,18 @@ class Tracker:
         self,
         run_dir: Path,
         logger: LoggerSettings,
+        run: Mapping[str, Any],
         *,
-        run_id: str,
-        experiment: str,
-        sweep: str,
-        method: str,
-        name: str,
-        config: dict[str, Any],
         enabled: bool = True,
     ) -> None:
         self.run_dir = run_dir
         self.enabled = enabled
         self.history: list[Row] = []
         self._weights: list[Row] = []
+        self._settings = frozenset(run["config"])
         self._wandb: Any = None
         if enabled and logger.mode != "disabled":
-            self._wandb = start_wandb(
-                logger,
-                id=run_id,
-                name=name,
-                group=experiment if sweep == "none" else f"{experiment}/{sweep}",
-                job_type=method,
-                tags=[*experiment.split("/"), method],
-                config=config,
-            )
+            self._wandb = start_wandb(logger, **run)
 
     def __enter__(self) -> Tracker:
         return self
@@ -133,7 +144,8 @@ class Tracker:
         layers = layer_sparsity(model)
         counts, edges = log_weight_histogram(model)
         weights: Row = {"step": row["step"]}
-        weights |= {f"sparsity/{name}": value for name, value in layers.items()}
+        sparsities = {f"{LAYER_PREFIX}{name}": value for name, value in layers.items()}
+        weights |= sparsities
         weights |= {
             f"log10/{edge:g}": count
             for edge, count in zip(edges[:-1], counts.tolist(), strict=True)
@@ -148,14 +160,16 @@ class Tracker:
             return
         import wandb
 
-        shown = {f"weights/sparsity/{name}": value for name, value in layers.items()}
+        curves = {CURVES[name]: value for name, value in row.items() if name in CURVES}
         histogram = wandb.Histogram(np_histogram=(counts, edges))
-        self._wandb.log({**row, **shown, "weights/log10_abs": histogram}, step=int(row["step"]))
+        self._wandb.log({**curves, **sparsities, HISTOGRAM: histogram}, step=int(row["step"]))
+        self.summarise(row)
 
     def summarise(self, record: Mapping[str, Any]) -> None:
-        """Puts the run's record into W&B's summary."""
+        """Puts into W&B's summary what is a result: what the run's config does not hold."""
         if self._wandb is not None:
-            self._wandb.summary.update(dict(record))
+            left_out = self._settings | {"run_id", "step"}
+            self._wandb.summary.update({k: v for k, v in record.items() if k not in left_out})
 
 
 class LoggerError(ConfigError):
@@ -191,7 +205,7 @@ def start_wandb(logger: LoggerSettings, **run: Any) -> Any:
             x_disable_stats=True,
             x_disable_machine_info=True,
         )
-        return wandb.init(
+        started = wandb.init(
             mode=logger.mode,
             project=logger.project,
             entity=logger.entity,
@@ -201,6 +215,10 @@ def start_wandb(logger: LoggerSettings, **run: Any) -> Any:
             reinit="finish_previous",
             **run,
         )
+        # The last row of the history, which is written last, would overwrite the record. The
+        # layers' sparsities have dots in their names, which the pattern passes over: they stay.
+        started.define_metric("*", summary="none")
+        return started
     except (wandb.errors.Error, ValueError) as error:
         reason = " ".join(str(error).split())
         if isinstance(error, ValidationError):  # of a variable such as WANDB_MODE
