@@ -215,7 +215,7 @@ def test_the_first_step_finds_the_kernel_right(emulated: tuple[torch.dtype, nati
 def test_a_kernel_that_computes_something_else_is_not_used(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, right: str, wrong: str
 ) -> None:
-    """As a compiler with a defect would make it: one warning that says what differs, and foreach."""
+    """As a compiler with a defect would make it: a warning of what differs, and foreach."""
     text = native.SOURCE.read_text()
     assert text.count(right) == 1
     (tmp_path / "wrong.c").write_text(text.replace(right, wrong))
