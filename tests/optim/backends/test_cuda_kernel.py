@@ -13,7 +13,8 @@ import pytest
 import torch
 from torch.nn import Parameter
 
-from pnorm_decay import SGDPWD, AdamPWD
+from optim.pwd_oracle import EXPONENTS, RECIPES, train_many
+from pnorm_decay import AdamPWD
 from pnorm_decay.optim.backends import native
 
 SHIM = """
@@ -65,38 +66,8 @@ def emulated(
     return request.param, kernel_of(library)
 
 
-def train(cls: Any, dtype: torch.dtype, options: dict[str, Any]) -> list[Parameter]:
-    generator = torch.Generator().manual_seed(0)
-    sizes = [(3, 5), (0,), (4096,), (5, 1700), *[(2, 2)] * 50]  # more than one launch
-    params = [
-        Parameter(torch.randn(size, generator=generator).mul(0.3).to(dtype)) for size in sizes
-    ]
-    with torch.no_grad():
-        params[0][0] = 0
-    options = {"lr": 0.01, "lambda_p": 0.3, "fused": True, **options}
-    group = {"params": params, "lambda_p": options["lambda_p"]}  # asked for, of the vectors too
-    optimizer = cls([group], **options)
-    for step in range(4):
-        for param in params:
-            param.grad = (param.detach() * 0.7 + 0.01 * (step - 1)).to(dtype)
-        optimizer.step()
-    return params
-
-
-@pytest.mark.parametrize("p", [0.3, 0.5, 0.8, 1, 1.2, 1.5, 2, 3])
-@pytest.mark.parametrize(
-    ("cls", "options"),
-    [
-        (AdamPWD, {}),
-        (AdamPWD, {"amsgrad": True, "maximize": True, "weight_decay": 0.5}),
-        (AdamPWD, {"exact": True, "weight_decay": 0.5}),
-        (AdamPWD, {"hold_zeros": True}),
-        (SGDPWD, {"exact": True, "hold_zeros": True, "momentum": 0.9}),
-        (SGDPWD, {}),
-        (SGDPWD, {"momentum": 0.9, "dampening": 0.2}),
-        (SGDPWD, {"momentum": 0.9, "nesterov": True}),
-    ],
-)
+@pytest.mark.parametrize("p", EXPONENTS)
+@pytest.mark.parametrize(("cls", "options"), RECIPES)
 def test_it_does_what_the_cpu_kernel_does(
     emulated: tuple[torch.dtype, native.Kernel],
     monkeypatch: pytest.MonkeyPatch,
@@ -107,12 +78,12 @@ def test_it_does_what_the_cpu_kernel_does(
     if options.get("exact") and p > 2:
         pytest.skip("the exact step has p up to 2")
     dtype, kernel = emulated
-    expected = train(cls, dtype, {"p": p, **options})
+    expected = train_many(cls, dtype, {"p": p, **options})
     calls = []
     monkeypatch.setattr(
         native, "kernel", lambda *key: lambda *call: (calls.append(key), kernel(*call))
     )
-    actual = train(cls, dtype, {"p": p, **options})
+    actual = train_many(cls, dtype, {"p": p, **options})
     assert len(calls) == 4
     rounding = {"rtol": 0.02, "atol": 1e-3} if dtype == torch.bfloat16 else {}
     for ours, theirs in zip(actual, expected, strict=True):
@@ -125,7 +96,7 @@ def test_numbers_that_lie_on_the_device(
 ) -> None:
     """Step counts, lr, p and lambda_p as the kernel reads them in a CUDA graph: behind pointers."""
     dtype, kernel = emulated
-    expected = train(AdamPWD, dtype, {"p": p})
+    expected = train_many(AdamPWD, dtype, {"p": p})
     calls: list[int] = []
 
     def counted(records: list[native.Record], options: native.Options) -> None:
@@ -139,7 +110,7 @@ def test_numbers_that_lie_on_the_device(
     monkeypatch.setattr(native, "kernel", lambda *key: counted)
     monkeypatch.setattr(native, "is_on_host", lambda tensor: False)
     numbers = {"p": torch.tensor(p), "lr": torch.tensor(0.01), "lambda_p": torch.tensor(0.3)}
-    actual = train(AdamPWD, dtype, {**numbers, "capturable": True})
+    actual = train_many(AdamPWD, dtype, {**numbers, "capturable": True})
     assert len(calls) == 4
     rounding = {"rtol": 0.02, "atol": 1e-3} if dtype == torch.bfloat16 else {"rtol": 1e-4}
     for ours, theirs in zip(actual, expected, strict=True):
@@ -226,12 +197,11 @@ def test_a_kernel_that_computes_something_else_is_not_used(
     try:
         differs = r"compiled step is wrong: \d+ of 33003 torch.float32 weights differ .* for Adam"
         with pytest.warns(UserWarning, match=differs) as caught:
-            ours = train(AdamPWD, torch.float32, {"p": 0.8})
+            ours = train_many(AdamPWD, torch.float32, {"p": 0.8})
         assert len(caught) == 1
     finally:
         native.kernel.cache_clear()
         native._warn_once.cache_clear()
-    for one, other in zip(
-        ours, train(AdamPWD, torch.float32, {"p": 0.8, "foreach": True, "fused": None}), strict=True
-    ):
+    listed = train_many(AdamPWD, torch.float32, {"p": 0.8, "foreach": True, "fused": None})
+    for one, other in zip(ours, listed, strict=True):
         assert torch.equal(one, other)
