@@ -132,7 +132,8 @@ def cuda_code(source: Path, capability: tuple[int, int], *flags: str) -> bytes:
 
     Raises:
         OSError: NVRTC is not installed.
-        RuntimeError: the source does not compile; the message is the compiler's.
+        RuntimeError: the source does not compile, and the message is the compiler's; or NVRTC no
+            longer knows so old a GPU.
     """
     nvrtc = _nvrtc()
     version = (ctypes.c_int(), ctypes.c_int())
@@ -142,7 +143,12 @@ def cuda_code(source: Path, capability: tuple[int, int], *flags: str) -> bytes:
     known = (ctypes.c_int * size.value)()
     nvrtc.nvrtcGetSupportedArchs(known)
     wanted = 10 * capability[0] + capability[1]
-    newest = max((number for number in known if number <= wanted), default=min(known))
+    if wanted < min(known):
+        raise RuntimeError(
+            f"NVRTC {version[0].value}.{version[1].value} compiles for GPUs of compute capability "
+            f"{min(known) / 10} and newer; this one has {capability[0]}.{capability[1]}."
+        )
+    newest = max(number for number in known if number <= wanted)
     kind = "CUBIN" if newest == wanted else "PTX"
     architecture = f"-arch={'sm' if kind == 'CUBIN' else 'compute'}_{newest}"
     command = [*CUDA_FLAGS, architecture, *flags]

@@ -7,6 +7,21 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from pnorm_decay import SGDPWD, AdamPWD
+
+# Every way through the compiled step.
+EXPONENTS = [0.3, 0.5, 0.8, 1, 1.2, 1.5, 2, 3]
+RECIPES: list[tuple[Any, dict[str, Any]]] = [
+    (AdamPWD, {}),
+    (AdamPWD, {"amsgrad": True, "maximize": True, "weight_decay": 0.5}),
+    (AdamPWD, {"exact": True, "weight_decay": 0.5}),
+    (AdamPWD, {"hold_zeros": True}),
+    (SGDPWD, {"exact": True, "hold_zeros": True, "momentum": 0.9}),
+    (SGDPWD, {}),
+    (SGDPWD, {"momentum": 0.9, "dampening": 0.2}),
+    (SGDPWD, {"momentum": 0.9, "nesterov": True}),
+]
+
 Array = NDArray[np.float64]
 
 
@@ -160,3 +175,25 @@ def gradients(params: list[torch.nn.Parameter], step: int) -> list[torch.Tensor]
 def set_gradients(params: list[torch.nn.Parameter], step: int) -> None:
     for param, grad in zip(params, gradients(params, step), strict=True):
         param.grad = grad.to(memory_format=torch.preserve_format)
+
+
+def train_many(
+    cls: Any, dtype: torch.dtype, options: dict[str, Any], device: torch.device | None = None
+) -> list[torch.nn.Parameter]:
+    """A few steps of many tensors, odd sizes and more than one launch among them."""
+    generator = torch.Generator().manual_seed(0)
+    sizes = [(3, 5), (0,), (4096,), (5, 1700), *[(2, 2)] * 50]
+    params = [
+        torch.nn.Parameter(torch.randn(size, generator=generator).mul(0.3).to(device, dtype))
+        for size in sizes
+    ]
+    with torch.no_grad():
+        params[0][0] = 0
+    options = {"lr": 0.01, "lambda_p": 0.3, "fused": True, **options}
+    group = {"params": params, "lambda_p": options["lambda_p"]}  # asked for, of the vectors too
+    optimizer = cls([group], **options)
+    for step in range(4):
+        for param in params:
+            param.grad = (param.detach() * 0.7 + 0.01 * (step - 1)).to(dtype)
+        optimizer.step()
+    return params

@@ -221,21 +221,6 @@ def test_the_closure_is_called_with_gradients() -> None:
     assert (param < 1).all()
 
 
-def test_a_scaler_of_gradients(recwarn: pytest.WarningsRecorder) -> None:
-    """torch's GradScaler unscales before the step, and leaves a step with inf out."""
-    param = Parameter(torch.full((2, 2), 0.5))
-    optimizer = AdamPWD([param], lr=0.1, p=0.8, lambda_p=0.1)
-    scaler = torch.amp.GradScaler("cpu", init_scale=8.0)
-    scaler.scale((param * math.inf).sum()).backward()
-    scaler.step(optimizer)
-    scaler.update()
-    assert torch.equal(param, torch.full((2, 2), 0.5))
-    optimizer.zero_grad()
-    scaler.scale(param.sum()).backward()
-    scaler.step(optimizer)
-    assert torch.equal(optimizer.state[param]["exp_avg"], torch.full((2, 2), 0.1))
-
-
 @pytest.mark.parametrize("lambda_p", [0.0, 0.1])
 @pytest.mark.parametrize("cls", CLASSES)
 def test_sparse_gradients_are_refused(cls: Any, lambda_p: float) -> None:

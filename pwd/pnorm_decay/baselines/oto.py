@@ -18,6 +18,11 @@ def _rows(group: ChannelGroup, tensors: list[Tensor]) -> Tensor:
     return torch.cat([tensor.detach().reshape(group.channels, -1) for tensor in tensors], 1)
 
 
+def _along(channels: Tensor, parameter: Tensor) -> Tensor:
+    """Flags of channels, (channels,), so that they broadcast over a parameter's first dimension."""
+    return channels.view(-1, *[1] * (parameter.ndim - 1))
+
+
 class OTO(SparsityMethod):
     """Structured pruning in one training, after OTO's optimizer HESSO.
 
@@ -89,7 +94,7 @@ class OTO(SparsityMethod):
         for group, pruned in zip(self._groups, self._pruned, strict=True):
             for parameter in group.producers:
                 if parameter.grad is not None:
-                    parameter.grad[pruned] = 0
+                    parameter.grad.masked_fill_(_along(pruned, parameter), 0)
 
     @torch.no_grad()
     def after_step(self, step: int) -> None:
@@ -98,12 +103,14 @@ class OTO(SparsityMethod):
             left = self._period_steps - step_of_period
             for group, chosen, pruned in zip(self._groups, self._chosen, self._pruned, strict=True):
                 for parameter in group.producers:
-                    parameter[chosen] *= (left - 1) / left
+                    # By the mask itself: how many channels it has, a GPU would be waited for.
+                    shrunk = parameter * ((left - 1) / left)
+                    parameter.copy_(torch.where(_along(chosen, parameter), shrunk, parameter))
                 if left == 1:
                     pruned |= chosen
         for group, pruned in zip(self._groups, self._pruned, strict=True):
             for parameter in group.producers:
-                parameter[pruned] = 0
+                parameter.masked_fill_(_along(pruned, parameter), 0)
 
     @torch.no_grad()
     def finish(self, training_loss: Loss) -> None:

@@ -89,6 +89,14 @@ def random_stream(purpose: int, seed: int, number: int) -> np.random.Generator:
     return np.random.default_rng((purpose, seed, number))
 
 
+def to_device(drawn: np.ndarray, device: torch.device) -> Tensor:
+    """What was drawn, on the device; the host does not wait until a GPU has it."""
+    tensor = torch.from_numpy(drawn)
+    if device.type == "cuda":
+        tensor = tensor.pin_memory()
+    return tensor.to(device, non_blocking=True)
+
+
 def check_batch_size(batch_size: int, limit: int | None = None) -> None:
     """Raise `ValueError` unless `batch_size` is in [1, limit]."""
     if batch_size < 1:

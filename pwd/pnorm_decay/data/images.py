@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from pnorm_decay.data import augment
-from pnorm_decay.data.base import Dataset, check_batch_size, keep_latest, random_stream
+from pnorm_decay.data.base import Dataset, check_batch_size, keep_latest, random_stream, to_device
 from pnorm_decay.data.cache import Images
 
 ORDER, AUGMENTATION = 0, 1  # this module's purposes for random_stream
@@ -124,7 +124,7 @@ class ImageDataset(Dataset):
             flipped = stream.integers(2, size=len(labels)).astype(bool)
             angles = stream.uniform(-1, 1, size=len(labels)).astype(np.float32)
             draws = (order, top, left, flipped, angles * self.rotation_degrees)
-            drawn = Epoch(*(torch.from_numpy(draw).to(labels.device) for draw in draws))
+            drawn = Epoch(*(to_device(draw, labels.device) for draw in draws))
             self._epoch = ((seed, epoch), drawn)
         return self._epoch[1]
 

@@ -17,6 +17,7 @@ from pnorm_decay.data.base import (
     check_batch_size,
     keep_latest,
     random_stream,
+    to_device,
 )
 from pnorm_decay.data.cache import cache_write
 from pnorm_decay.data.download import check_sha256, download
@@ -142,7 +143,7 @@ class TextDataset(Dataset):
             stream = random_stream(BLOCK_STARTS, seed, number)
             size = (STEPS_A_DRAW, batch_size)
             starts = stream.integers(len(train) - self.block_size, size=size)
-            self._drawn = (key, torch.from_numpy(starts).to(train.device))
+            self._drawn = (key, to_device(starts, train.device))
         return self._drawn[1]
 
     def val_batches(self, batch_size: int) -> Iterator[tuple[Tensor, Tensor]]:

@@ -1,6 +1,7 @@
 """Where the direction u comes from: Adam's moments or SGD's momentum, with torch's own state."""
 
 from abc import ABC, abstractmethod
+from itertools import groupby
 from typing import Any, ClassVar
 
 import torch
@@ -121,8 +122,9 @@ class AdamRule(Rule):
         # torch counts the step itself: it gets a copy of each count, made in one operation.
         if isinstance(slots[0].step, Tensor):
             counts = torch.stack([torch.as_tensor(slot.step) for slot in slots]).to(device) - 1
-        else:
-            counts = torch.tensor([slot.step - 1.0 for slot in slots], device=device)
+        else:  # filled, because a copy from the host would wait for the device
+            runs = [(step, len(list(run))) for step, run in groupby(slot.step for slot in slots)]
+            counts = torch.cat([torch.full((n,), step - 1.0, device=device) for step, n in runs])
         self._adam(
             [slot.param for slot in slots],
             [slot.grad for slot in slots],

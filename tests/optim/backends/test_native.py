@@ -1,7 +1,10 @@
 """Building the fused step: the cache, what happens without a compiler, and the CUDA source."""
 
+import contextlib
 import multiprocessing
 import os
+import re
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -242,29 +245,65 @@ def test_other_dtypes_and_devices_have_no_kernel() -> None:
         assert native.kernel(torch.device("meta"), torch.float32) is None
 
 
+# What NVIDIA sold from 2017 on: Volta, Turing, Ampere (data centre, desktop), Ada, Hopper, and
+# Blackwell (data centre, desktop).
+CAPABILITIES = [(7, 0), (7, 5), (8, 0), (8, 6), (8, 9), (9, 0), (10, 0), (12, 0)]
+
+
+def resources(cubin: Path) -> dict[str, int]:
+    """What a thread of the kernel takes, as NVIDIA's cuobjdump reads it off the machine code."""
+    tool = shutil.which("cuobjdump")
+    with contextlib.suppress(ImportError):  # Triton, which torch needs, brings one
+        import triton
+
+        tools = Path(triton.__file__).parent.glob("backends/nvidia/bin/cuobjdump")
+        tool = tool or next(map(str, tools), None)
+    if tool is None:
+        pytest.skip("needs cuobjdump, which Triton and NVIDIA's toolkit bring")
+    shown = subprocess.run([tool, "-res-usage", str(cubin)], capture_output=True, text=True)
+    return {name: int(number) for name, number in re.findall(r"(\w+):(\d+)", shown.stdout)}
+
+
 @pytest.mark.parametrize("storage", native.STORAGE.values())
-def test_the_cuda_kernel_compiles(cache: Path, storage: int) -> None:
-    """With the run-time compiler alone: no GPU is needed to see that the source is right."""
+@pytest.mark.parametrize("capability", CAPABILITIES)
+def test_the_cuda_kernel_compiles_for_every_gpu(
+    cache: Path, capability: tuple[int, int], storage: int
+) -> None:
+    """With the run-time compiler alone: no GPU is needed to see that the machine code is right.
+
+    Nothing of a thread may lie in local memory, which is as slow as the GPU's main memory, and the
+    registers of a thread block must be there.
+    """
     if torch.version.cuda is None:
         pytest.skip("needs a build of torch with CUDA, which brings NVRTC")
-    binary = compiler.cuda_code(native.SOURCE, (8, 0), f"-DSTORAGE={storage}")
-    assert binary[:4] == b"\x7fELF"
-    assert b"step_cuda" in binary
-    assert compiler.cuda_code(native.SOURCE, (8, 0), f"-DSTORAGE={storage}") == binary
-    assert len(list(cache.iterdir())) == 1
+    flag = f"-DSTORAGE={storage}"
+    if capability == (7, 0) and int(torch.version.cuda.partition(".")[0]) >= 13:
+        with pytest.raises(RuntimeError, match=r"capability 7\.5 and newer; this one has 7\.0"):
+            compiler.cuda_code(native.SOURCE, capability, flag)
+        return
+    code = compiler.cuda_code(native.SOURCE, capability, flag)
+    assert compiler.cuda_code(native.SOURCE, capability, flag) == code
+    (kept,) = cache.iterdir()
+    if code.startswith(b"//"):  # PTX: an NVRTC older than the GPU
+        assert capability >= (10, 0)
+        return
+    assert code[:4] == b"\x7fELF"
+    assert b"step_cuda" in code
+    used = resources(kept)
+    assert (used["STACK"], used["LOCAL"]) == (0, 0)
+    assert used["REG"] * native.CUDA_THREADS <= 65536
 
 
-@pytest.mark.parametrize("capability", [(7, 5), (8, 6), (9, 0), (10, 0), (12, 0), (99, 0)])
-def test_the_cuda_kernel_compiles_for_every_gpu(cache: Path, capability: tuple[int, int]) -> None:
-    """A GPU that is newer than the compiler gets PTX, which its driver compiles."""
+@pytest.mark.parametrize("storage", native.STORAGE.values())
+def test_a_gpu_newer_than_the_compiler_gets_ptx(cache: Path, storage: int) -> None:
+    """Which its driver compiles; nothing in it asks for local memory."""
     if torch.version.cuda is None:
         pytest.skip("needs a build of torch with CUDA, which brings NVRTC")
-    code = compiler.cuda_code(native.SOURCE, capability, "-DSTORAGE=32")
-    if capability == (99, 0) or (capability > (9, 0) and code.startswith(b"//")):
-        assert code.startswith(b"//")
-        assert b".target sm_" in code
-    else:
-        assert code[:4] == b"\x7fELF"
+    code = compiler.cuda_code(native.SOURCE, (99, 0), f"-DSTORAGE={storage}")
+    assert code.startswith(b"//")
+    assert b".target sm_" in code
+    assert b".entry step_cuda" in code
+    assert b".local" not in code
 
 
 def test_a_source_that_does_not_compile_shows_the_compilers_message(

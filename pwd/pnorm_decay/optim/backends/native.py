@@ -73,6 +73,11 @@ def supports(shrink: Shrink) -> bool:
     return type(shrink) in (Reweighted, Exact)
 
 
+def is_on_host(tensor: Tensor) -> bool:
+    """Whether reading the tensor's numbers makes nobody wait."""
+    return tensor.is_cpu
+
+
 def run(slots: list[Slot], rule: Rule, shrink: Shrink, group: Group, kernel: Kernel) -> None:
     """Does one step of flat tensors of the kernel's device and dtype."""
     if not slots:
@@ -81,7 +86,7 @@ def run(slots: list[Slot], rule: Rule, shrink: Shrink, group: Group, kernel: Ker
     device = slots[0].param.device
     options = Options(weight_decay=shrink.weight_decay, hold_zeros=shrink.hold_zeros, branch=1)
     for name, value in (("lr", shrink.alpha), ("p", shrink.p), ("lambda_p", shrink.lambda_p)):
-        if isinstance(value, Tensor) and device.type != "cpu":
+        if isinstance(value, Tensor) and not is_on_host(slots[0].param):
             on_device.append(value.to(device, torch.float32, non_blocking=True))
             setattr(options, f"device_{name}", on_device[-1].data_ptr())
         else:
@@ -100,7 +105,7 @@ def run(slots: list[Slot], rule: Rule, shrink: Shrink, group: Group, kernel: Ker
     records = []
     for slot in slots:
         state, step, device_step = slot.state, slot.step, 0
-        if isinstance(step, Tensor) and not step.is_cpu:
+        if isinstance(step, Tensor) and not is_on_host(step):
             on_device.append(step.float())
             device_step, step = on_device[-1].data_ptr(), 1
         step = int(step)
