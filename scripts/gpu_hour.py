@@ -163,7 +163,7 @@ class Hour:
 
     def rows(self) -> dict[str, list[dict[str, Any]]]:
         """The recorded rows of each experiment."""
-        found: dict[str, list[dict[str, Any]]] = dict.fromkeys(EXPERIMENTS, [])
+        found: dict[str, list[dict[str, Any]]] = {name: [] for name in EXPERIMENTS}
         for name in EXPERIMENTS:
             if self.recorded(name).exists():
                 table = records.read(self.recorded(name)).to_dict("records")

@@ -99,9 +99,8 @@ def table(rows: Sequence[Sequence[object]], header: Sequence[str]) -> str:
 
 def csv_table(path: Path, columns: Sequence[str]) -> str:
     """The columns of a CSV file that are there, as a Markdown table."""
-    frame = pd.read_csv(path).convert_dtypes()
-    shown = frame[[name for name in columns if name in frame.columns]].astype(str)
-    shown = shown.replace("<NA>", "")
+    frame = pd.read_csv(path, dtype=str, keep_default_na=False)
+    shown = frame[[name for name in columns if name in frame.columns]]
     return table(shown.to_numpy().tolist(), list(shown.columns))
 
 
@@ -225,5 +224,6 @@ def report(
     parts.append(table(hour_rows(state, rows), header))
     total = {name: len(of_one) for name, of_one in rows.items()}
     parts.append(", ".join(f"{name}.csv: {count} runs" for name, count in total.items()) + ".")
-    parts += ["## What is left", what_is_left(state, rows)]
+    parts += ["## What is left"]
+    parts.append("\n".join(f"- {line}" for line in what_is_left(state, rows).splitlines()))
     return "\n\n".join(parts) + "\n"
