@@ -150,6 +150,8 @@ class Hour:
             for path in self.published.glob("*"):
                 if path.is_file():
                     shutil.copy2(path, self.kept)
+        for path in self.kept.iterdir():
+            path.chmod(0o644)  # what came back from another machine may be read-only
         if state.exists():
             self.state |= json.loads(state.read_text(encoding="utf-8"))
         for name in EXPERIMENTS:

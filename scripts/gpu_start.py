@@ -1,7 +1,7 @@
 """Starts scripts/gpu.py from a folder that `make gpu-bundle` packed; needs a Python with torch.
 
-What this Python lacks is unpacked from the folder's wheels into packages/ beside this file; nothing
-is installed elsewhere, and no network is used. All arguments go to scripts/gpu.py.
+What this Python lacks is unpacked from the folder's wheels into a folder packages-3.x beside this
+file; nothing is installed elsewhere, and no network is used. All arguments go to scripts/gpu.py.
 
     python3 gpu-bundle/start.py --minutes 45
 """
@@ -18,7 +18,7 @@ import tempfile
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
-PACKAGES = HERE / "packages"
+PACKAGES = HERE / f"packages-{sys.version_info.major}.{sys.version_info.minor}"
 
 
 def pip(*words: str) -> str:
@@ -33,7 +33,7 @@ def pip(*words: str) -> str:
 
 
 def unpack() -> None:
-    """Puts the packages that this Python lacks into packages/."""
+    """Puts the packages that this Python lacks into their folder."""
     asked = str(HERE / "requirements.txt")
     with tempfile.TemporaryDirectory() as wheels:
         with tarfile.open(HERE / "wheels.tar.xz") as archive:
@@ -47,7 +47,7 @@ def unpack() -> None:
         sys.stderr.write(
             f"missing here, taken from the wheels: {', '.join(missing) or 'nothing'}\n"
         )
-        unfinished = PACKAGES.with_suffix(".unfinished")
+        unfinished = HERE / f"{PACKAGES.name}.unfinished"
         unfinished.mkdir(exist_ok=True)
         if missing:
             pip("install", "--no-deps", "--upgrade", "--target", str(unfinished), *found, *missing)
