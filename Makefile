@@ -6,6 +6,8 @@ UV_VERSION := 0.13.9
 
 SCALE ?= demo
 NOTEBOOKS ?= cache
+MINUTES ?= 45
+GPU_PYTHON ?= 3.12
 # What figures, tables and the explorer are made of.
 DRAWN_BY := $(wildcard scripts/plot.py scripts/tables.py scripts/explorer.py experiments/toy.py \
 	pwd/pnorm_decay/*.py pwd/pnorm_decay/figures/*) $(READY)
@@ -15,7 +17,7 @@ DRAWN := results/figures/.drawn
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help setup lock data sweep figures explorer verify reproduce-figures bench bench-optimizer bench-training bench-sweep bench-files bench-compact bench-inference dashboard dashboard-online sync soak test test-ray test-wheel notebooks run-notebooks docs lint clean
+.PHONY: help setup lock data sweep figures explorer verify reproduce-figures gpu gpu-bundle bench bench-optimizer bench-training bench-sweep bench-files bench-compact bench-inference dashboard dashboard-online sync soak test test-ray test-wheel notebooks run-notebooks docs lint clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-18s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -60,6 +62,13 @@ explorer: $(READY) ## write results/explorer.html: all recorded runs, to choose 
 
 verify: $(READY) ## train one recorded run of each experiment again and compare it with its record
 	$(BIN)/python scripts/verify.py
+
+# With the Python that is there: a machine with a GPU often brings torch, and has no network.
+gpu: ## spend MINUTES on a GPU: tests, benchmarks, the paper's runs; again, and it goes on
+	@$(if $(wildcard $(BIN)/python),$(BIN)/python,python3) scripts/gpu.py --minutes $(MINUTES)
+
+gpu-bundle: $(READY) ## pack wheels (for Python GPU_PYTHON), code and data for a GPU machine without a network
+	$(BIN)/python scripts/gpu_bundle.py --python $(GPU_PYTHON)
 
 bench: bench-optimizer bench-training bench-sweep bench-files bench-inference ## run every benchmark that needs no runs, alone on the machine
 

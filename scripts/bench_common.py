@@ -2,36 +2,102 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import platform
 import subprocess
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
 import torch
+from hydra import compose, initialize_config_dir
+from hydra.core.hydra_config import HydraConfig
+from omegaconf import DictConfig, open_dict
+from torch.autograd import DeviceType
+from torch.profiler import ProfilerActivity, profile
 
 from pnorm_decay import records
 from pnorm_decay.files import write_text
 
+CONFIGS = Path(__file__).resolve().parents[1] / "configs"
+NO_KERNELS = ("Memcpy", "Memset", "Optimizer.", "ProfilerStep")  # of a profile's device events
 
-def machine() -> dict[str, str | int]:
-    """What the numbers were taken on."""
+
+def composed(overrides: list[str]) -> DictConfig:
+    """The config of a run, as `experiments/train.py` would compose it."""
+    with initialize_config_dir(str(CONFIGS), version_base="1.3"):
+        cfg = compose("train", overrides, return_hydra_config=True)
+    HydraConfig.instance().set_config(cfg)
+    with open_dict(cfg):
+        del cfg["hydra"]
+    return cfg
+
+
+def usable_device(name: str) -> torch.device:
+    """The device of a benchmark's option ``--device``.
+
+    Raises:
+        ValueError: it is no CPU and no CUDA device, or there is none here.
+    """
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        device = None
+    if device is None or device.type not in ("cpu", "cuda"):
+        raise ValueError(f"--device {name}: must be cpu or cuda")
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise ValueError(f"--device {name}: torch sees no CUDA device here")
+    return device
+
+
+def synchronize(device: torch.device) -> None:
+    """Waits until a device has done everything that it was given."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def kernels_of(events: Iterable[Any]) -> int:
+    """How many kernels the device ran, of a profile's events: no copies, no marks of ranges."""
+    return sum(
+        event.device_type == DeviceType.CUDA
+        and not getattr(event, "is_user_annotation", False)
+        and not event.name.startswith(NO_KERNELS)
+        for event in events
+    )
+
+
+def kernel_launches(step: Callable[[], object], device: torch.device, steps: int = 3) -> float:
+    """Kernels that a step launches on a GPU, counted by torch's profiler."""
+    synchronize(device)
+    with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as recorded:
+        for _ in range(steps):
+            step()
+        synchronize(device)
+    return round(kernels_of(recorded.events()) / steps, 2)
+
+
+def machine(device: torch.device | None = None) -> dict[str, str | int]:
+    """What the numbers were taken on: the machine and, where it is one, the GPU."""
     info = Path("/proc/cpuinfo")
     lines = info.read_text().splitlines() if info.exists() else []
     name = next((line.partition(":")[2].strip() for line in lines if "model name" in line), "")
-    compiler = subprocess.run(
-        [os.environ.get("CC", "cc"), "--version"], capture_output=True, text=True, check=False
-    )
+    compiler = ""
+    with contextlib.suppress(OSError):  # there is none
+        command = [os.environ.get("CC", "cc"), "--version"]
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        compiler = done.stdout.partition("\n")[0]
+    on_gpu = device is not None and device.type == "cuda"
     return {
+        **({"device": torch.cuda.get_device_name(device)} if on_gpu else {}),
         "machine": f"{name or platform.processor()} ({platform.machine()})",
         "cpu_capability": torch.backends.cpu.get_cpu_capability(),
         "threads": torch.get_num_threads(),
         "python": platform.python_version(),
         "torch": torch.__version__,
-        "compiler": compiler.stdout.partition("\n")[0],
+        "compiler": compiler,
         "date": datetime.now(UTC).date().isoformat(),
     }
 

@@ -5,6 +5,12 @@ the table shows medians and their ratios to torch's fused AdamW, on the paramete
 (width 64) and of nanoGPT: dense, and with half of the weights at 0 with gradients of 0. First steps
 and peak memory are measured in processes of their own: the very first step builds the fused
 kernel, a first step in a later process finds it built.
+
+With --device cuda the table also has torch's fused AdamW with capturable, the time until a step
+returns to Python and the kernels that it launches. A time is then that of ten steps in a row, with
+the wait for their end; first steps and peak memory are measured in this process.
+
+    python scripts/bench_optimizer.py --device cuda --output optimizer_cuda.csv
 """
 
 from __future__ import annotations
@@ -27,7 +33,15 @@ from rich.progress import track
 from rich.table import Table
 from torch import nn
 
-from bench_common import machine, memory, reset_peak_memory, write_rows
+from bench_common import (
+    kernel_launches,
+    machine,
+    memory,
+    reset_peak_memory,
+    synchronize,
+    usable_device,
+    write_rows,
+)
 from pnorm_decay import AdamPWD, param_groups
 from pnorm_decay.models.gpt import GPT
 from pnorm_decay.models.resnet import ResNet18
@@ -42,7 +56,9 @@ MODELS: dict[str, Callable[[], nn.Module]] = {
         vocab_size=65, block_size=256, n_layer=6, n_head=6, n_embd=384, dropout=0.0, bias=False
     ),
 }
+TINY: dict[str, Callable[[], nn.Module]] = {"tiny": lambda: nn.Linear(30, 20)}
 BASELINE = "AdamW fused"
+IN_A_ROW = 10  # steps on a GPU between two waits for it
 ONCE = (
     "first_step_seconds",
     "later_first_step_seconds",
@@ -54,8 +70,19 @@ ONCE = (
 class Straightforward(torch.optim.AdamW):
     """pWD as one would write it first: clone, AdamW's step, pow, multiply."""
 
-    def __init__(self, groups: Iterable[dict[str, Any]], lr: float) -> None:
-        super().__init__(groups, lr=lr, weight_decay=0)
+    def __init__(
+        self,
+        params: Iterable[dict[str, Any]],
+        lr: float,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+        p: float = 2.0,
+        lambda_p: float = 0.0,
+    ) -> None:
+        super().__init__(params, lr=lr, betas=betas, eps=eps, weight_decay=0)
+        for group in self.param_groups:
+            group.setdefault("p", p)
+            group.setdefault("lambda_p", lambda_p)
 
     @torch.no_grad()
     def step(self, closure: Any = None) -> None:  # type: ignore[override]
@@ -81,8 +108,11 @@ class Case:
 
     def optimizer(self, model: nn.Module) -> torch.optim.Optimizer:
         if self.p is None:
-            fused = self.name == BASELINE
-            return torch.optim.AdamW(model.parameters(), lr=1e-3, fused=fused, foreach=not fused)
+            fused = self.name.startswith(BASELINE)
+            capturable = self.name.endswith("capturable")
+            return torch.optim.AdamW(
+                model.parameters(), lr=1e-3, fused=fused, foreach=not fused, capturable=capturable
+            )
         groups = param_groups(model, p=self.p, lambda_p=1e-3)
         if self.name == "straightforward":
             return Straightforward(groups, lr=1e-3)
@@ -93,23 +123,27 @@ class Case:
             "ours, default": {},
             "ours, hold_zeros": {"hold_zeros": True},
             "ours, exact": {"exact": True},
+            "ours, capturable": {"capturable": True},
         }[self.name]
         return AdamPWD(groups, lr=1e-3, **options)  # type: ignore[arg-type]
 
 
-def cases(exponents: Iterable[float], sparsity: float) -> list[Case]:
+def cases(exponents: Iterable[float], sparsity: float, on_gpu: bool = False) -> list[Case]:
     """The baselines and every implementation at every p; without zeros also the slow ones."""
-    slow = ("straightforward", "ours, reference", "ours, foreach")
-    fast = ("ours, fused", "ours, default", "ours, hold_zeros", "ours, exact")
+    slow: tuple[str, ...] = ("straightforward", "ours, reference", "ours, foreach")
+    fast: tuple[str, ...] = ("ours, fused", "ours, default", "ours, hold_zeros", "ours, exact")
     ours = fast if sparsity else slow + fast
-    baselines = (BASELINE,) if sparsity else (BASELINE, "AdamW foreach")
+    baselines: tuple[str, ...] = (BASELINE,) if sparsity else (BASELINE, "AdamW foreach")
+    if on_gpu and not sparsity:
+        ours = (*ours, "ours, capturable")
+        baselines = (*baselines, f"{BASELINE}, capturable")
     return [
         *(Case(name, None) for name in baselines),
         *(Case(name, p) for name in ours for p in exponents if name != "ours, exact" or p <= 2),
     ]
 
 
-def prepared(model_name: str, sparsity: float) -> nn.Module:
+def prepared(model_name: str, sparsity: float, device: torch.device) -> nn.Module:
     """The model, with gradients of a realistic size, or of 0 where the weights are 0."""
     torch.manual_seed(0)
     model = MODELS[model_name]()
@@ -119,24 +153,72 @@ def prepared(model_name: str, sparsity: float) -> nn.Module:
             kept = torch.rand_like(parameter) >= sparsity
             parameter.data *= kept
             gradient *= kept
-        parameter.grad = gradient
+        parameter.data = parameter.data.to(device)
+        parameter.grad = gradient.to(device)
     return model
 
 
-def median_times(
-    model_name: str, timed: list[Case], sparsity: float, repeats: int
-) -> dict[Case, float]:
-    """Seconds a step of each case: medians of interleaved steps, all on the same parameters."""
-    model = prepared(model_name, sparsity)
+@dataclass(frozen=True)
+class Timing:
+    """Medians for one optimizer, a step.
+
+    Attributes:
+        seconds: until the step is done.
+        host_seconds: until it returns to Python; on a CPU the same.
+        kernels: that it launches on a GPU, else None.
+    """
+
+    seconds: float
+    host_seconds: float
+    kernels: float | None
+
+
+def timings(
+    model_name: str, timed: list[Case], sparsity: float, repeats: int, device: torch.device
+) -> dict[Case, Timing]:
+    """Medians of interleaved steps of each case, all on the same parameters."""
+    model = prepared(model_name, sparsity, device)
     optimizers = {case: case.optimizer(model) for case in timed}
-    times: dict[Case, list[float]] = {case: [] for case in timed}
+    count = IN_A_ROW if device.type == "cuda" else 1
+    times: dict[Case, list[tuple[float, float]]] = {case: [] for case in timed}
     for repeat in track(range(-2, repeats), description=model_name, console=console):
         for case, optimizer in optimizers.items():
             start = time.perf_counter()
-            optimizer.step()
+            for _ in range(count):
+                optimizer.step()
+            returned = time.perf_counter() - start
+            synchronize(device)
             if repeat >= 0:  # the first steps make the state and fill the caches
-                times[case].append(time.perf_counter() - start)
-    return {case: statistics.median(values) for case, values in times.items()}
+                done = time.perf_counter() - start
+                times[case].append((done / count, returned / count))
+    kernels = {
+        case: kernel_launches(optimizer.step, device) if device.type == "cuda" else None
+        for case, optimizer in optimizers.items()
+    }
+    return {
+        case: Timing(
+            statistics.median(done for done, _ in values),
+            statistics.median(returned for _, returned in values),
+            kernels[case],
+        )
+        for case, values in times.items()
+    }
+
+
+def on_gpu(model_name: str, case: Case, device: torch.device) -> tuple[float, float]:
+    """(seconds of the first step, MB beyond weights and gradients at the peak) on a GPU."""
+    model = prepared(model_name, 0, device)
+    optimizer = case.optimizer(model)
+    synchronize(device)
+    torch.cuda.reset_peak_memory_stats(device)
+    before = torch.cuda.memory_allocated(device)
+    start = time.perf_counter()
+    optimizer.step()
+    synchronize(device)
+    seconds = time.perf_counter() - start
+    for _ in range(3):
+        optimizer.step()
+    return seconds, (torch.cuda.max_memory_allocated(device) - before) / 1e6
 
 
 def in_own_process(model_name: str, case: Case, cache: str) -> tuple[float, float]:
@@ -150,7 +232,7 @@ def in_own_process(model_name: str, case: Case, cache: str) -> tuple[float, floa
 
 def child(model_name: str, name: str, p: str) -> None:
     """The measurement of in_own_process, in that process."""
-    model = prepared(model_name, 0)
+    model = prepared(model_name, 0, torch.device("cpu"))
     optimizer = Case(name, None if p == "None" else float(p)).optimizer(model)
     before = reset_peak_memory()
     start = time.perf_counter()
@@ -161,19 +243,42 @@ def child(model_name: str, name: str, p: str) -> None:
     sys.stdout.write(f"{seconds} {(memory('VmHWM') - before) / 1e6}")
 
 
+def once(
+    model_name: str, timed: list[Case], device: torch.device, own_processes: bool
+) -> dict[str, dict[str, float | str]]:
+    """What ``ONCE`` names, by implementation, measured with its first case."""
+    found: dict[str, dict[str, float | str]] = {}
+    peaks: dict[str, float] = {}
+    with tempfile.TemporaryDirectory() as empty:
+        for case in track(timed, description="first steps", console=console):
+            if case.name in found or not own_processes:
+                continue
+            later: float | str = ""
+            if device.type == "cuda":
+                first, peak = on_gpu(model_name, case, device)
+            else:
+                cache = f"{empty}/{len(found)}"
+                first, _ = in_own_process(model_name, case, cache)
+                seconds, peak = in_own_process(model_name, case, cache)
+                later = round(seconds, 3)
+            peaks[case.name] = peak
+            ratio = round(peak / peaks[BASELINE], 3) if peaks[BASELINE] else ""
+            values = (round(first, 3), later, round(peak, 1), ratio)
+            found[case.name] = dict(zip(ONCE, values, strict=True))
+    return found
+
+
 def measure(
-    model_name: str, timed: list[Case], sparsity: float, repeats: int
+    model_name: str,
+    timed: list[Case],
+    sparsity: float,
+    repeats: int,
+    device: torch.device,
+    own_processes: bool = True,
 ) -> list[dict[str, Any]]:
     """One row a case. First steps and memory are those of the implementation's first case."""
-    times = median_times(model_name, timed, sparsity, repeats)
-    once = {} if sparsity else {case.name: case for case in reversed(timed)}
-    first: dict[str, float] = {}
-    later: dict[str, float] = {}
-    peak: dict[str, float] = {}
-    for name, case in track(once.items(), description="first steps", console=console):
-        with tempfile.TemporaryDirectory() as cache:
-            first[name], _ = in_own_process(model_name, case, cache)
-            later[name], peak[name] = in_own_process(model_name, case, cache)
+    first = {} if sparsity else once(model_name, timed, device, own_processes)
+    times = timings(model_name, timed, sparsity, repeats, device)
     count = sum(parameter.numel() for parameter in MODELS[model_name]().parameters())
     return [
         {
@@ -182,19 +287,18 @@ def measure(
             "optimizer": case.name,
             "p": "" if case.p is None else case.p,
             "sparsity": sparsity,
-            "milliseconds": round(times[case] * 1e3, 3),
-            "ratio": round(times[case] / times[timed[0]], 3),
+            "milliseconds": round(times[case].seconds * 1e3, 3),
+            "ratio": round(times[case].seconds / times[timed[0]].seconds, 3),
             **(
                 {
-                    "first_step_seconds": round(first[case.name], 3),
-                    "later_first_step_seconds": round(later[case.name], 3),
-                    "peak_extra_megabytes": round(peak[case.name], 1),
-                    "peak_extra_ratio": round(peak[case.name] / peak[BASELINE], 3),
+                    "host_milliseconds": round(times[case].host_seconds * 1e3, 3),
+                    "kernel_launches": times[case].kernels,
                 }
-                if once
-                else dict.fromkeys(ONCE, "")
+                if device.type == "cuda"
+                else {}
             ),
-            **machine(),
+            **first.get(case.name, dict.fromkeys(ONCE, "")),
+            **machine(device),
         }
         for case in timed
     ]
@@ -205,7 +309,10 @@ def show(rows: list[dict[str, Any]]) -> None:
     title = "One step, {model}, {parameters:,} parameters, sparsity {sparsity:g}"
     table = Table(title=title.format(**rows[0]))
     table.add_column("optimizer", no_wrap=True)
-    for column in ("ms", "ratio", "first\nstep, s", "first,\nbuilt, s", "peak,\nMB", "ratio"):
+    more = {"host_milliseconds": "host,\nms", "kernel_launches": "kernels"}
+    extra = {name: title for name, title in more.items() if name in rows[0]}
+    columns = ("ms", "ratio", *extra.values(), "first\nstep, s", "first,\nbuilt, s", "peak,\nMB")
+    for column in (*columns, "ratio"):
         table.add_column(column, justify="right")
     for row in rows:
         case = Case(row["optimizer"], row["p"] if row["p"] != "" else None)
@@ -213,7 +320,7 @@ def show(rows: list[dict[str, Any]]) -> None:
             case.label,
             f"{row['milliseconds']:.2f}",
             f"{row['ratio']:.2f}",
-            *(str(row[name]) for name in ONCE),
+            *(str(row[name]) for name in (*extra, *ONCE)),
         )
     console.print(table)
 
@@ -222,11 +329,15 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
+    parser.add_argument("--device", default="cpu", help="cpu (default) or cuda")
     parser.add_argument("--models", nargs="+", choices=MODELS, default=list(MODELS))
     parser.add_argument("--p", nargs="+", type=float, default=list(EXPONENTS))
     parser.add_argument("--repeats", type=int, default=31, help="timed steps of each optimizer")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--output", type=Path, default=Path("results/bench/optimizer.csv"))
+    parser.add_argument(
+        "--tiny", action="store_true", help="a tiny model, to see that the benchmark runs here"
+    )
     parser.add_argument("--child", nargs=3, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.child:
@@ -234,16 +345,29 @@ def main() -> None:
         return
     if arguments.repeats < 1:
         parser.error(f"--repeats {arguments.repeats} (must be at least 1)")
+    try:
+        device = usable_device(arguments.device)
+    except ValueError as error:
+        parser.error(str(error))
+    if arguments.tiny:
+        MODELS.update(TINY)
+        arguments.models = list(TINY)
     torch.set_num_threads(arguments.threads)
     os.environ["OMP_NUM_THREADS"] = str(arguments.threads)
     rows: list[dict[str, Any]] = []
-    for model_name in arguments.models:
-        for sparsity in SPARSITIES:
-            timed = cases(arguments.p, sparsity)
-            measured = measure(model_name, timed, sparsity, arguments.repeats)
-            show(measured)
-            rows += measured
-    write_rows(arguments.output, rows)
+    # Compiled code of earlier processes would make the first steps of this one look quick.
+    with tempfile.TemporaryDirectory() as cache:
+        if device.type == "cuda":
+            os.environ["PNORM_DECAY_CACHE"] = cache
+        for model_name in arguments.models:
+            for sparsity in SPARSITIES:
+                timed = cases(arguments.p, sparsity, device.type == "cuda")
+                measured = measure(
+                    model_name, timed, sparsity, arguments.repeats, device, not arguments.tiny
+                )
+                show(measured)
+                rows += measured
+                write_rows(arguments.output, rows)  # what there is, should it be stopped
     console.print(f"{arguments.output}: {len(rows)} rows")
 
 

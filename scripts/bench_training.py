@@ -6,12 +6,20 @@ DataLoader with two workers (text: a Python loop that stacks rows), fp32, contig
 precision that it chooses here. The two take turns, and the medians of their steps are compared.
 "Outside" is our time outside forward, backward, clipping and the optimizer's step.
 
+With --device cuda it is the trainer with AdamPWD, with torch's fused AdamW (capturable or not) and
+with a straightforward pWD, and the straightforward loop where there is torchvision; a time is then
+that of many steps with one wait at the end, and the kernels a step and the peak memory are told.
+What stands behind `--` goes to every case as it is, for instance `-- trainer.compile=true`.
+
     PNORM_CIFAR10=... PNORM_SHAKESPEARE=... python scripts/bench_training.py
+    python scripts/bench_training.py --device cuda --output training_cuda.csv
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
+import importlib.util
 import itertools
 import statistics
 import sys
@@ -19,33 +27,32 @@ import tempfile
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 from unittest import mock
 
 import torch
 import torch.nn.functional as F
-from hydra import compose, initialize_config_dir
-from hydra.core.hydra_config import HydraConfig
-from omegaconf import DictConfig, open_dict
+from omegaconf import DictConfig
 from PIL import Image
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 from torch import Tensor, nn
+from torch.profiler import ProfilerActivity, profile
 from torch.utils.data import DataLoader, Dataset
-from torchvision import transforms
 
-from bench_common import machine, write_rows
+from bench_common import composed, kernels_of, machine, synchronize, usable_device, write_rows
 from pnorm_decay.data import DataError
 from pnorm_decay.data.images import ImageDataset
 from pnorm_decay.data.text import TextDataset
 from pnorm_decay.training import run as training_run
 from pnorm_decay.training.building import build_data, build_model
+from pnorm_decay.training.errors import USER_ERRORS, print_error
 from pnorm_decay.training.settings import Settings
 from pnorm_decay.training.trainer import Training, train
 
-CONFIGS = Path(__file__).resolve().parents[1] / "configs"
 IMAGES, TEXT = "experiment=cpu/resnet18_cifar10", "experiment=cpu/nanogpt_shakespeare"
 CASES = {
     "resnet18 width 64, batch 100": [IMAGES, "model.width=64", "trainer.batch_size=100"],
@@ -55,7 +62,31 @@ CASES = {
     "nanogpt, cpu scale": [TEXT],
     "nanogpt, paper scale": ["experiment=paper/nanogpt_shakespeare"],
 }
+GPU_CASES = {
+    "resnet18, paper scale": ["experiment=paper/resnet18_cifar10"],
+    "nanogpt, paper scale": ["experiment=paper/nanogpt_shakespeare"],
+}
+# What the trainer trains with on a GPU; the first is what the others are compared with.
+OPTIMIZERS = {
+    "AdamW fused": ["optimizer=adamw", "+optimizer.fused=true"],
+    "AdamW fused, capturable": [
+        "optimizer=adamw",
+        "+optimizer.fused=true",
+        "+optimizer.capturable=true",
+    ],
+    "AdamPWD": ["optimizer=pwd"],
+    "straightforward pWD": [
+        "optimizer=pwd",
+        "optimizer._target_=bench_optimizer.Straightforward",
+        "optimizer.method=straightforward",
+    ],
+}
+LOOP = "straightforward loop, AdamW"
 WARM_UP = 2  # steps of a turn that do not count
+GPU_WARM_UP = 20  # likewise on a GPU, where libraries choose their kernels in them
+PROFILED = 3  # steps of which the kernels are counted
+
+CPU = torch.device("cpu")
 
 console = Console(highlight=False)
 
@@ -66,21 +97,36 @@ class EnoughError(BaseException):
 
 @dataclass
 class Times:
-    """Seconds of whole steps, and of what of them was forward, backward or optimizer step."""
+    """What was measured of a loop.
+
+    Attributes:
+        steps: seconds of whole steps.
+        inside: of them, what was forward, backward or optimizer step.
+        kernels: that a step launches on a GPU.
+        peak_bytes: of a GPU's memory.
+    """
 
     steps: list[float] = field(default_factory=list)
     inside: list[float] = field(default_factory=list)
+    kernels: float | None = None
+    peak_bytes: int | None = None
 
 
-def composed(overrides: list[str], scratch: str) -> DictConfig:
-    """The config of a run, as `experiments/train.py` would compose it."""
-    places = [f"runs_dir={scratch}", "logger=none", "skip_recorded=false"]
-    with initialize_config_dir(str(CONFIGS), version_base="1.3"):
-        cfg = compose("train", [*overrides, *places], return_hydra_config=True)
-    HydraConfig.instance().set_config(cfg)
-    with open_dict(cfg):
-        del cfg["hydra"]
-    return cfg
+def cut_off(overrides: list[str], timed_train: Any) -> None:
+    """Does a run with another training loop, which ends it by an ``EnoughError``."""
+    with tempfile.TemporaryDirectory() as scratch:
+        cfg = composed([*overrides, *places(scratch), "trainer.checkpoint_minutes=1e6"])
+        with mock.patch.object(training_run, "train", timed_train):
+            try:
+                training_run.run(cfg)
+            except EnoughError:
+                return
+    raise RuntimeError("the run ended before it was timed")
+
+
+def places(scratch: str) -> list[str]:
+    """Where a run goes that leaves nothing."""
+    return [f"runs_dir={scratch}", "logger=none", "skip_recorded=false"]
 
 
 def ours(overrides: list[str], count: int) -> Times:
@@ -124,14 +170,59 @@ def ours(overrides: list[str], count: int) -> Times:
         training.optimizer.optimizer.register_step_post_hook(now)
         return train(training, *places)
 
-    with tempfile.TemporaryDirectory() as scratch:
-        cfg = composed([*overrides, "trainer.checkpoint_minutes=1e6"], scratch)
-        with mock.patch.object(training_run, "train", timed_train):
-            try:
-                training_run.run(cfg)
-            except EnoughError:
-                return times
-    raise RuntimeError("the run ended before it was timed")
+    cut_off(overrides, timed_train)
+    return times
+
+
+def ours_on_gpu(overrides: list[str], count: int, device: torch.device) -> Times:
+    """Steps of the trainer on a GPU, timed as a whole, as a wait a step would slow them down."""
+    times = Times()
+
+    def timed_train(training: Training, *places: Any) -> Any:
+        data: Any = training.data
+        original_batch = data.train_batch
+        begun = 0
+        start = 0.0
+        on_gpu = device.type == "cuda"
+        profiler = profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA])
+
+        def train_batch(*key: Any) -> Any:
+            nonlocal begun, start
+            begun += 1
+            if begun == 1 + GPU_WARM_UP:
+                synchronize(device)
+                start = time.perf_counter()
+            elif begun == 1 + GPU_WARM_UP + count:
+                synchronize(device)
+                times.steps = [(time.perf_counter() - start) / count] * count
+                if not on_gpu:
+                    raise EnoughError
+                profiler.start()
+            elif begun == 1 + GPU_WARM_UP + count + PROFILED:
+                synchronize(device)
+                profiler.stop()
+                times.kernels = round(kernels_of(profiler.events()) / PROFILED, 1)
+                raise EnoughError
+            return original_batch(*key)
+
+        data.train_batch = train_batch
+        return train(training, *places)
+
+    with on_peak_memory(times, device):
+        cut_off(overrides, timed_train)
+    return times
+
+
+@contextlib.contextmanager
+def on_peak_memory(times: Times, device: torch.device) -> Iterator[None]:
+    """Notes the most memory of a GPU that a block takes."""
+    if device.type != "cuda":
+        yield
+        return
+    torch.cuda.empty_cache()
+    torch.cuda.reset_peak_memory_stats(device)
+    yield
+    times.peak_bytes = torch.cuda.max_memory_allocated(device)
 
 
 class Pictures(Dataset[tuple[Tensor, int]]):
@@ -140,6 +231,8 @@ class Pictures(Dataset[tuple[Tensor, int]]):
     def __init__(self, images: Tensor, labels: Tensor) -> None:
         self.pictures = [Image.fromarray(array) for array in images.permute(0, 2, 3, 1).numpy()]
         self.labels = labels.tolist()
+        from torchvision import transforms  # which a machine with a GPU may lack
+
         self.transform = transforms.Compose(
             [
                 transforms.RandomCrop(32, padding=4),
@@ -172,19 +265,18 @@ def straightforward_batches(data: Any, batch_size: int) -> Iterator[tuple[Tensor
         yield x, y
 
 
-def straightforward(overrides: list[str], count: int) -> Times:
+def straightforward(overrides: list[str], count: int, device: torch.device = CPU) -> Times:
     """Steps of the straightforward loop, on the same data and model."""
     times = Times()
-    with tempfile.TemporaryDirectory() as scratch:
-        cfg = composed(overrides, scratch)
-    settings = Settings.from_config(cfg)
+    settings = Settings.from_config(composed([*overrides, *places("none")]))
     data = build_data(settings)
-    data.setup(torch.device("cpu"))
-    model = build_model(settings, data)
+    data.setup(CPU)
+    model = build_model(settings, data).to(device)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
     clip = settings.trainer.clip_grad_norm
     begun = None
     for inputs, targets in straightforward_batches(data, settings.trainer.batch_size):
+        inputs, targets = inputs.to(device), targets.to(device)
         logits = model(inputs)
         loss = F.cross_entropy(logits.flatten(0, -2), targets.flatten())
         optimizer.zero_grad()
@@ -203,36 +295,100 @@ def straightforward(overrides: list[str], count: int) -> Times:
     return times
 
 
-def measure(name: str, seconds: float, rounds: int) -> dict[str, Any]:
-    """One row: both loops, in turns."""
-    overrides = CASES[name]
-    mine, theirs = Times(), Times()
-    pace = {ours: 0.0, straightforward: 0.0}
-    for loop, into in track(
-        [(ours, mine), (straightforward, theirs)] * rounds, description=name, console=console
-    ):
-        count = max(3, round(seconds / pace[loop])) if pace[loop] else 3
-        got = loop(overrides, count)
-        pace[loop] = statistics.median(got.steps)
-        into.steps += got.steps
-        into.inside += got.inside
-    with tempfile.TemporaryDirectory() as scratch:
-        cfg = composed(overrides, scratch)
+def in_turns(loops: dict[str, Any], name: str, seconds: float, rounds: int) -> dict[str, Times]:
+    """Has loops take turns; each is a function of how many steps it does."""
+    found: dict[str, Times] = {}
+    for label in track([*loops] * rounds, description=name, console=console):
+        so_far = found.get(label)
+        if so_far is None:
+            first = loops[label](3)
+            pace = statistics.median(first.steps)
+        else:
+            pace = statistics.median(so_far.steps)
+        got = loops[label](max(3, round(seconds / pace)))
+        if so_far is not None:
+            got.steps, got.inside = so_far.steps + got.steps, so_far.inside + got.inside
+        found[label] = got
+    return found
+
+
+def described(overrides: list[str]) -> tuple[str, int, str]:
+    """What a case is counted in, how many of them a step takes, and the trainer's precision."""
+    cfg: DictConfig = composed([*overrides, *places("none")])
     is_text = "block_size" in cfg.model
     samples = cfg.trainer.batch_size * (cfg.model.block_size if is_text else 1)
-    step, other = statistics.median(mine.steps), statistics.median(theirs.steps)
     settings = Settings.from_config(cfg).trainer
-    return {
+    precision = settings.resolve_precision(settings.resolve_device())
+    return "tokens" if is_text else "images", samples, precision
+
+
+def measure(overrides: list[str], name: str, seconds: float, rounds: int) -> list[dict[str, Any]]:
+    """The row of a case on a CPU: both loops, in turns."""
+    overrides = [*overrides, "trainer.device=cpu"]
+    both = {"ours": partial(ours, overrides), "theirs": partial(straightforward, overrides)}
+    found = in_turns(both, name, seconds, rounds)
+    mine, theirs = found["ours"], found["theirs"]
+    unit, samples, precision = described(overrides)
+    step, other = statistics.median(mine.steps), statistics.median(theirs.steps)
+    row = {
         "case": name,
-        "unit": "tokens" if is_text else "images",
+        "unit": unit,
         "ours_per_second": round(samples / step, 1),
         "straightforward_per_second": round(samples / other, 1),
         "ratio": round(other / step, 3),
         "outside_share": round(1 - sum(mine.inside) / sum(mine.steps), 4),
-        "precision": settings.resolve_precision(settings.resolve_device()),
+        "precision": precision,
         "steps_timed": len(mine.steps),
         **machine(),
     }
+    return [row]
+
+
+def measure_optimizers(
+    overrides: list[str], name: str, seconds: float, rounds: int, device: torch.device
+) -> list[dict[str, Any]]:
+    """A row an optimizer in the trainer, and one of the straightforward loop."""
+    overrides = [*overrides, f"trainer.device={device.type}"]
+    loops = {
+        label: partial(ours_on_gpu, [*overrides, *words], device=device)
+        for label, words in OPTIMIZERS.items()
+    }
+    found = in_turns(loops, name, seconds, rounds)
+    unit, samples, precision = described(overrides)
+    if unit == "tokens" or importlib.util.find_spec("torchvision"):
+        loop = {LOOP: partial(straightforward, overrides, device=device)}
+        with on_peak_memory(memory := Times(), device):
+            found |= in_turns(loop, f"{name}, loop", seconds, 1)
+        found[LOOP].peak_bytes = memory.peak_bytes
+    baseline = statistics.median(found[next(iter(OPTIMIZERS))].steps)
+    return [
+        {
+            "case": name,
+            "loop": label,
+            "unit": unit,
+            "per_second": round(samples / statistics.median(times.steps), 1),
+            "step_ratio": round(statistics.median(times.steps) / baseline, 3),
+            "kernel_launches": times.kernels,
+            "peak_megabytes": None if times.peak_bytes is None else round(times.peak_bytes / 1e6),
+            "precision": "fp32" if label == LOOP else precision,
+            "steps_timed": len(times.steps),
+            **machine(device),
+        }
+        for label, times in found.items()
+    ]
+
+
+def show_optimizers(rows: list[dict[str, Any]]) -> None:
+    """The table of a GPU on the terminal."""
+    table = Table(title=f"One training step, {rows[0]['case']}")
+    for column in ("", "per second", "step, ratio", "kernels", "peak, MB"):
+        table.add_column(column, justify="right" if column else "left")
+    for row in rows:
+        numbers = (row["kernel_launches"], row["peak_megabytes"])
+        told = ("" if number is None else f"{number:,.0f}" for number in numbers)
+        speed = f"{row['per_second']:,.0f} {row['unit']}"
+        table.add_row(row["loop"], speed, f"{row['step_ratio']:.2f}", *told)
+    console.print(table)
 
 
 def show(rows: list[dict[str, Any]]) -> None:
@@ -255,20 +411,42 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--cases", nargs="+", choices=CASES, default=list(CASES), metavar="CASE")
+    parser.add_argument("--device", default="cpu", help="cpu (default) or cuda")
+    every = dict.fromkeys([*CASES, *GPU_CASES])
+    parser.add_argument("--cases", nargs="+", choices=every, metavar="CASE", help="only these")
+    parser.add_argument(
+        "--optimizers", action="store_true", help="on a CPU, too, what --device cuda compares"
+    )
     parser.add_argument("--seconds", type=float, default=8.0, help="of timed steps a turn")
     parser.add_argument("--rounds", type=int, default=3, help="turns of each loop")
     parser.add_argument("--output", type=Path, default=Path("results/bench/training.csv"))
-    arguments = parser.parse_args()
+    words = sys.argv[1:]
+    end = words.index("--") if "--" in words else len(words)
+    arguments, overrides = parser.parse_args(words[:end]), words[end + 1 :]
     if arguments.rounds < 1 or arguments.seconds <= 0:
         parser.error("--rounds must be at least 1 and --seconds positive")
     try:
-        rows = [measure(name, arguments.seconds, arguments.rounds) for name in arguments.cases]
-    except DataError as error:
-        console.print(f"error: {error}", markup=False)
+        device = usable_device(arguments.device)
+    except ValueError as error:
+        parser.error(str(error))
+    by_optimizer = device.type == "cuda" or arguments.optimizers
+    cases = GPU_CASES if by_optimizer else CASES
+    rows: list[dict[str, Any]] = []
+    try:
+        for name in arguments.cases or cases:
+            case = [*(CASES | GPU_CASES)[name], *overrides]
+            if by_optimizer:
+                now = measure_optimizers(case, name, arguments.seconds, arguments.rounds, device)
+                show_optimizers(now)
+            else:
+                now = measure(case, name, arguments.seconds, arguments.rounds)
+            rows += now
+            write_rows(arguments.output, rows)  # what there is, should it be stopped
+    except (DataError, *USER_ERRORS) as error:
+        print_error(error)
         sys.exit(2)
-    show(rows)
-    write_rows(arguments.output, rows)
+    if not by_optimizer:
+        show(rows)
     console.print(f"{arguments.output}: {len(rows)} rows")
 
 

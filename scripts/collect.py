@@ -20,7 +20,6 @@ import pandas as pd
 from rich.console import Console
 
 from pnorm_decay import records
-from pnorm_decay.figures import weights
 from pnorm_decay.files import write_changed
 from pnorm_decay.training.tracking import METRICS_FILE, WEIGHTS_FILE
 
@@ -92,7 +91,7 @@ def keep_weights(runs: Path, frame: pd.DataFrame, folder: Path) -> None:
         folder: where ``<experiment>.csv`` goes.
     """
     path = folder / f"{runs.name}.csv"
-    earlier = weights.read(path) if path.exists() else None
+    earlier = records.read_weights(path) if path.exists() else None
     frame = frame[records.are_comparable(frame)]
     sparse = frame[(frame["method"] == "pwd") & (frame["sparsity"] >= SPARSE)]
     ranked = sparse.sort_values("val_accuracy", ascending=False, kind="stable")

@@ -17,7 +17,7 @@ from pnorm_decay.figures.frontier import frontier_figure
 from pnorm_decay.figures.loading import SCALES, Experiment, load_all
 from pnorm_decay.figures.methods import methods_figure
 from pnorm_decay.figures.style import save
-from pnorm_decay.records import RecordError
+from pnorm_decay.records import RecordError, read_weights
 
 console = Console(highlight=False, soft_wrap=True, markup=False)
 
@@ -101,7 +101,7 @@ def main() -> None:
             path = args.results / scale / "weights" / f"{experiment.name}.csv"
             if path.exists():
                 try:
-                    figure = weights.weights_figure(experiment, weights.read(path))
+                    figure = weights.weights_figure(experiment, read_weights(path))
                 except RecordError as unreadable:
                     errors.append(unreadable)
                 else:

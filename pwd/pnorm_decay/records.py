@@ -27,6 +27,7 @@ __all__ = [
     "read",
     "read_curves",
     "read_result",
+    "read_weights",
     "recorded_runs",
     "write",
     "write_curves",
@@ -242,6 +243,18 @@ def read_numbers(path: Path, texts: Sequence[str] = ()) -> pd.DataFrame:
             except ValueError:
                 raise RecordError(f"{path}, line {line}: {name}={text}: no number") from None
     return table.assign(**numbers).reset_index(drop=True)
+
+
+def read_weights(path: Path) -> pd.DataFrame:
+    """Reads what ``scripts/collect.py`` kept of some runs' ``weights.csv``.
+
+    Raises:
+        RecordError: the file cannot be read or is not of that kind.
+    """
+    weights = read_numbers(path, texts=["run_id"])
+    if weights.empty or not {"run_id", "step"} <= set(weights.columns):
+        raise RecordError(f"{path} lacks the column run_id or step, or holds no rows")
+    return weights
 
 
 def parse_row(row: Mapping[str, str]) -> dict[str, Any]:

@@ -4,8 +4,8 @@ import pandas as pd
 import pytest
 
 from figures.made_up import experiment, run
-from pnorm_decay.figures.weights import read, weights_figure
-from pnorm_decay.records import RecordError
+from pnorm_decay.figures.weights import weights_figure
+from pnorm_decay.records import RecordError, read_weights
 
 
 def history(run_id):
@@ -45,7 +45,7 @@ def test_a_run_that_is_not_recorded_is_refused():
 
 def test_a_bad_file_is_named(tmp_path):
     with pytest.raises(RecordError, match=r"cannot read .*x\.csv"):
-        read(tmp_path / "x.csv")
+        read_weights(tmp_path / "x.csv")
     (tmp_path / "x.csv").write_text("a,b\n1,2\n")
     with pytest.raises(RecordError, match="lacks the column run_id"):
-        read(tmp_path / "x.csv")
+        read_weights(tmp_path / "x.csv")

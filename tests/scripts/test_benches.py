@@ -2,31 +2,17 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import sys
-from typing import Any
+from types import SimpleNamespace
 
 import pandas as pd
 import pytest
 import torch
+from torch.autograd import DeviceType
 
-from conftest import REPOSITORY, SHORT
+from conftest import SHORT
 from pnorm_decay.models import ResNet18
-
-
-@pytest.fixture
-def load(monkeypatch):
-    def load(name: str) -> Any:
-        path = REPOSITORY / "scripts" / f"{name}.py"
-        monkeypatch.syspath_prepend(path.parent)
-        specification = importlib.util.spec_from_file_location(name, path)
-        module = importlib.util.module_from_spec(specification)
-        monkeypatch.setitem(sys.modules, name, module)
-        specification.loader.exec_module(module)
-        return module
-
-    return load
 
 
 def test_training_is_compared_with_a_straightforward_loop(load, monkeypatch, tmp_path, capsys):
@@ -131,3 +117,41 @@ def test_no_sparse_network_to_compact(load, monkeypatch, tmp_path, capsys):
     with pytest.raises(SystemExit):
         bench.main()
     assert "no saved sparse network" in capsys.readouterr().err
+
+
+def test_optimizers_are_compared_in_the_trainer(load, monkeypatch, tmp_path, capsys):
+    bench = load("bench_training")
+    monkeypatch.setattr(bench, "GPU_CASES", {"tiny": ["experiment=demo/nanogpt_pydoc"]})
+    output = tmp_path / "training.csv"
+    arguments = ["--optimizers", "--seconds", "0.01", "--rounds", "1", "--output", str(output)]
+    words = ["trainer.threads=1", "trainer.steps=200", "trainer.eval_every=200"]
+    monkeypatch.setattr(sys, "argv", ["bench", *arguments, "--", *words])
+    bench.main()
+    rows = pd.read_csv(output)
+    assert list(rows["loop"]) == [*bench.OPTIMIZERS, bench.LOOP]
+    assert rows["step_ratio"].iloc[0] == 1
+    assert (rows["per_second"] > 0).all()
+    assert "AdamW fused, capturable" in capsys.readouterr().out
+
+
+def test_kernels_are_counted_without_copies_and_marks(load):
+    common = load("bench_common")
+    events = [
+        SimpleNamespace(name="adam_pwd", device_type=DeviceType.CUDA),
+        SimpleNamespace(name="void multi_tensor_apply<...>", device_type=DeviceType.CUDA),
+        SimpleNamespace(name="Memcpy HtoD (Pageable -> Device)", device_type=DeviceType.CUDA),
+        SimpleNamespace(name="Memset (Device)", device_type=DeviceType.CUDA),
+        SimpleNamespace(name="Optimizer.step#AdamW.step", device_type=DeviceType.CUDA),
+        SimpleNamespace(name="mine", device_type=DeviceType.CUDA, is_user_annotation=True),
+        SimpleNamespace(name="aten::add", device_type=DeviceType.CPU),
+    ]
+    assert common.kernels_of(events) == 2
+
+
+@pytest.mark.parametrize("name", ["mps", "nosuch"])
+@pytest.mark.parametrize("bench", ["bench_optimizer", "bench_training"])
+def test_a_device_that_is_none_is_refused(load, monkeypatch, capsys, bench, name):
+    monkeypatch.setattr(sys, "argv", ["bench", "--device", name])
+    with pytest.raises(SystemExit):
+        load(bench).main()
+    assert f"--device {name}: must be cpu or cuda" in capsys.readouterr().err

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
@@ -13,19 +11,7 @@ from matplotlib.figure import Figure
 
 from pnorm_decay.figures.loading import Experiment
 from pnorm_decay.figures.style import WIDTH, finish, styled
-from pnorm_decay.records import RecordError, read_numbers
-
-
-def read(path: Path) -> pd.DataFrame:
-    """Reads what ``scripts/collect.py`` kept of some runs' ``weights.csv``.
-
-    Raises:
-        RecordError: the file cannot be read or is not of that kind.
-    """
-    weights = read_numbers(path, texts=["run_id"])
-    if weights.empty or not {"run_id", "step"} <= set(weights.columns):
-        raise RecordError(f"{path} lacks the column run_id or step, or holds no rows")
-    return weights
+from pnorm_decay.records import RecordError
 
 
 @styled
@@ -37,7 +23,7 @@ def weights_figure(experiment: Experiment, weights: pd.DataFrame) -> Figure:
 
     Args:
         experiment: the experiment of the runs.
-        weights: what ``read`` gave.
+        weights: what ``records.read_weights`` gave.
 
     Raises:
         RecordError: a run is not among the experiment's.

@@ -12,6 +12,8 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 
+COMMIT_FILE = "commit.txt"
+
 
 def describe_machine(accelerator: Accelerator) -> dict[str, Any]:
     """Where a result comes from: commit, versions, device, precision, threads, time."""
@@ -32,8 +34,14 @@ def describe_machine(accelerator: Accelerator) -> dict[str, Any]:
 
 @functools.cache
 def git_commit() -> str:
-    """The short commit of the working tree, with "+" where the code differs from it."""
+    """The short commit of the working tree, with "+" where the code differs from it.
+
+    A copy without git's folder, such as that of `make gpu-bundle`, has it in ``commit.txt``.
+    """
     folder = Path(__file__).parent
+    note = folder.parents[2] / COMMIT_FILE
+    if note.exists():
+        return note.read_text(encoding="utf-8").strip()
 
     def git(*words: str) -> str:
         command = ["git", "--no-optional-locks", "-C", str(folder), *words]

@@ -123,7 +123,10 @@ class Run:
             "group": shortened(f"{scale}/{experiment} {group}"),
             "job_type": method,
             "tags": list(dict.fromkeys(tags)),
-            "config": where | what | {"overrides": overrides(self.settings)} | options(self.settings),
+            "config": where
+            | what
+            | {"overrides": overrides(self.settings)}
+            | options(self.settings),
         }
 
 

@@ -1,0 +1,449 @@
+"""The hour that scripts/gpu.py spends on a GPU: its stages, and what it keeps of them."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import json
+import math
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import tarfile
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+from hydra import compose, initialize_config_dir
+from omegaconf import OmegaConf
+
+import collect
+import gpu_report
+from bench_common import CONFIGS, composed
+from pnorm_decay import records
+from pnorm_decay.data import DataError
+from pnorm_decay.files import atomic_write, write_text
+from pnorm_decay.training import tracking
+from pnorm_decay.training.building import build_data
+from pnorm_decay.training.run import Run
+from pnorm_decay.training.settings import ConfigError, Settings
+
+REPOSITORY = CONFIGS.parent
+SCALE = "paper"
+EXPERIMENTS = ("resnet18_cifar10", "nanogpt_shakespeare")
+CASES = dict(zip(EXPERIMENTS, ("resnet18, paper scale", "nanogpt, paper scale"), strict=True))
+LIMITS = {"tests": 300.0, "optimizer": 360.0, "training": 420.0}  # seconds, of all slices
+TINY = {
+    "resnet18_cifar10": [
+        "model.width=4",
+        "trainer.channels_last=false",
+        "trainer.epochs=null",
+        "trainer.batch_size=4",
+        "schedule.warmup_epochs=null",
+        "schedule.warmup_steps=1",
+    ],
+    "nanogpt_shakespeare": [
+        "model.n_layer=1",
+        "model.n_head=1",
+        "model.n_embd=8",
+        "model.block_size=8",
+        "trainer.batch_size=2",
+        "trainer.val_batch_size=20000",
+    ],
+}
+TINY_STEPS = ["trainer.steps=6", "trainer.eval_every=3"]
+ON_CPU = ["trainer.device=cpu", "trainer.threads=1", "trainer.precision=fp32"]
+FILES_OF_A_RUN = (records.RESULT_FILE, tracking.METRICS_FILE, tracking.WEIGHTS_FILE)
+LOOK_SECONDS = 0.25  # between two looks at what a program is doing
+GRACE_SECONDS = 45.0  # a program's, to save its state after it was asked to stop
+LARGEST = 15 * 2**20  # bytes of a file in gpu/
+
+
+class Hour:
+    """What is done, and what is left, of an hour on a GPU.
+
+    Args:
+        folder: where runs/, results/ and gpu/ are; what is in them is gone on with.
+        seconds: until it stops.
+        workers: runs beside each other; None: as many as the launcher chooses.
+        rehearsed: whether everything is tiny and on the CPU.
+
+    Attributes:
+        state: gpu/hour.json, what is known beside the rows.
+    """
+
+    def __init__(
+        self, folder: Path, seconds: float, workers: int | None, *, rehearsed: bool
+    ) -> None:
+        self.folder, self.workers, self.rehearsed = folder, workers, rehearsed
+        self.runs, self.results = folder / "runs", folder / "results"
+        self.kept = folder / "gpu"
+        self.published = Path(os.environ["OUT"]).resolve() if os.environ.get("OUT") else None
+        self.end = time.monotonic() + seconds
+        self.seconds = seconds
+        self.stopped = False
+        self.process: subprocess.Popen[bytes] | None = None
+        self.state: dict[str, Any] = {"stages": {}, "sweeps": {}, "hour": [], "environment": []}
+
+    @property
+    def left(self) -> float:
+        """Seconds until the end."""
+        return 0.0 if self.stopped else max(0.0, self.end - time.monotonic())
+
+    def spend(self, stages: Sequence[str]) -> int:
+        """Does what is missing of the stages.
+
+        Returns:
+            The exit status: 0, or 130 where it was asked to stop.
+        """
+        self.kept.mkdir(parents=True, exist_ok=True)
+        self.resume()
+        before = {
+            number: signal.signal(number, self.on_signal)
+            for number in (signal.SIGINT, signal.SIGTERM)
+        }
+        try:
+            self.look_around()
+            do: dict[str, Callable[[], None]] = {
+                "tests": self.test,
+                "optimizer": self.bench_optimizer,
+                "training": self.bench_training,
+                "hour": self.train_hour,
+                "sweeps": self.sweep,
+            }
+            for name in stages:
+                if self.left:
+                    do[name]()
+                    self.publish()
+        finally:
+            self.publish()
+            for number, handler in before.items():
+                signal.signal(number, handler)
+        self.say(gpu_report.what_is_left(self.state, self.rows()))
+        self.say(f"the report: {self.kept / gpu_report.REPORT}")
+        return 130 if self.stopped else 0
+
+    def on_signal(self, number: int, frame: FrameType | None) -> None:
+        """Asks the program that runs to stop; the second time it is ended at once."""
+        if self.stopped and self.process is not None:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(self.process.pid, signal.SIGKILL)
+        self.stopped = True
+
+    def say(self, text: str) -> None:
+        """To the terminal."""
+        with contextlib.suppress(OSError):  # nobody reads it any longer
+            sys.stdout.write(f"{text}\n")
+            sys.stdout.flush()
+
+    # What there is from before, and what is kept.
+
+    def resume(self) -> None:
+        """Takes up what an earlier slice left in gpu/ or, where that is empty, in $OUT."""
+        state = self.kept / "hour.json"
+        if not state.exists() and self.published is not None:
+            for path in self.published.glob("*"):
+                if path.is_file():
+                    shutil.copy2(path, self.kept)
+        for path in self.kept.iterdir():
+            path.chmod(0o644)  # what came back from another machine may be read-only
+        if state.exists():
+            self.state |= json.loads(state.read_text(encoding="utf-8"))
+        for name in EXPERIMENTS:
+            rows = self.kept / f"{name}.csv"
+            if rows.exists():
+                records.write(self.recorded(name), records.read(rows))
+
+    def recorded(self, name: str) -> Path:
+        """An experiment's recorded rows."""
+        return self.results / SCALE / f"{name}.csv"
+
+    def rows(self) -> dict[str, list[dict[str, Any]]]:
+        """The recorded rows of each experiment."""
+        found: dict[str, list[dict[str, Any]]] = {name: [] for name in EXPERIMENTS}
+        for name in EXPERIMENTS:
+            if self.recorded(name).exists():
+                table = records.read(self.recorded(name)).to_dict("records")
+                found[name] = [{str(key): value for key, value in row.items()} for row in table]
+        return found
+
+    def record(self) -> None:
+        """Adds the runs that have ended to the recorded rows, and keeps what they left."""
+        collect.console.quiet = True
+        collect.collect(self.runs, self.results, SCALE)
+        for name in EXPERIMENTS:
+            if self.recorded(name).exists():
+                shutil.copyfile(self.recorded(name), self.kept / f"{name}.csv")
+        self.pack_runs()
+        self.publish()
+
+    def pack_runs(self) -> None:
+        """What runs left but their weights, in one archive, of which `collect.py` can take them."""
+        for files in (FILES_OF_A_RUN, (records.RESULT_FILE,)):
+            packed = io.BytesIO()
+            with tarfile.open(fileobj=packed, mode="w:gz") as archive:
+                for result in sorted(self.runs.glob(f"{SCALE}/*/*/{records.RESULT_FILE}")):
+                    for name in files:
+                        path = result.with_name(name)
+                        if path.exists():
+                            archive.add(path, path.relative_to(self.runs.parent).as_posix())
+            if packed.tell() <= LARGEST:
+                break
+        with atomic_write(self.kept / "runs.tar.gz") as file:
+            file.write(packed.getvalue())
+
+    def publish(self) -> None:
+        """Writes the state and the report, and copies what changed to $OUT."""
+        log = self.kept / "log.txt"
+        if self.process is None and log.exists() and log.stat().st_size > LARGEST:
+            with atomic_write(log) as file:
+                file.write(log.read_bytes()[-LARGEST // 2 :])
+        write_text(self.kept / "hour.json", json.dumps(self.state, indent=2) + "\n")
+        report = gpu_report.report(self.state, self.rows(), self.kept, rehearsed=self.rehearsed)
+        write_text(self.kept / gpu_report.REPORT, report)
+        if self.published is None or self.published == self.kept:
+            return
+        self.published.mkdir(parents=True, exist_ok=True)
+        for path in sorted(self.kept.iterdir()):
+            copy = self.published / path.name
+            if path.is_file() and not path.name.startswith("."):
+                content = path.read_bytes()[-LARGEST:]  # only the log can be larger
+                if not copy.exists() or copy.read_bytes() != content:
+                    with atomic_write(copy) as file:
+                        file.write(content)
+
+    # Programs that do the work.
+
+    def do(
+        self,
+        command: Sequence[str],
+        seconds: float,
+        *,
+        stop: signal.Signals = signal.SIGTERM,
+        look: Callable[[], None] | None = None,
+    ) -> int | None:
+        """Runs a program, and shows and logs what it says.
+
+        Args:
+            command: its command line.
+            seconds: after which it is asked to stop, as when this program is.
+            stop: the signal that asks it.
+            look: called every now and then.
+
+        Returns:
+            Its exit status, or None where it was asked to stop.
+        """
+        words = [sys.executable, *command]
+        end = time.monotonic() + min(seconds, self.left)
+        path = self.kept / "log.txt"
+        environment = {**os.environ, "PYTHONUNBUFFERED": "1", "COLUMNS": "120"}
+        with path.open("ab") as log, path.open("rb") as reader:
+            log.write(f"\n$ python {' '.join(command)}\n".encode())
+            log.flush()
+            reader.seek(0, os.SEEK_END)
+            # A group of its own: Ctrl-C reaches this program alone, which passes it on once.
+            self.process = process = subprocess.Popen(
+                words,
+                stdout=log,
+                stderr=log,
+                stdin=subprocess.DEVNULL,
+                cwd=REPOSITORY,
+                env=environment,
+                process_group=0,
+            )
+            asked = False
+            while process.poll() is None:
+                time.sleep(LOOK_SECONDS)
+                self.show(reader)
+                if look is not None:
+                    look()
+                if not asked and (self.stopped or time.monotonic() > end):
+                    asked, end = True, time.monotonic() + GRACE_SECONDS
+                    process.send_signal(stop)
+                elif asked and time.monotonic() > end:
+                    os.killpg(process.pid, signal.SIGKILL)
+            self.show(reader)
+        self.process = None
+        return None if asked else process.returncode
+
+    def show(self, reader: io.BufferedReader) -> None:
+        """Shows what came to the log."""
+        new = reader.read().decode(errors="replace").rstrip("\n")
+        if new:
+            self.say(new)
+
+    def stage(self, name: str, command: Sequence[str], stop: signal.Signals) -> None:
+        """Runs a program as a stage that has a limit, unless it is done already."""
+        entry = self.state["stages"].setdefault(name, {"status": "not begun", "seconds": 0.0})
+        limit = LIMITS[name]
+        if entry["status"] in ("done", "cut off"):
+            return
+        self.say(f"--- {gpu_report.TITLES[name]}, {limit / 60:g} minutes at most")
+        start = time.monotonic()
+        entry["status"] = "interrupted"  # should this program be killed
+        code = self.do(command, limit - entry["seconds"], stop=stop)
+        entry["seconds"] += time.monotonic() - start
+        if code is not None:
+            entry["status"] = "done" if code == 0 else f"failed with status {code}"
+        elif self.left:
+            entry["status"] = "cut off"
+
+    # The stages.
+
+    def look_around(self) -> None:
+        """Notes what there is: the GPU, the software, the data."""
+        lines = gpu_report.environment()
+        self.state["missing_data"] = {}
+        for name in EXPERIMENTS:
+            told = self.prepared_data(name)
+            lines.append(f"{name}: {told}")
+        self.state["environment"] = lines
+        self.say("\n".join(lines))
+        self.publish()
+
+    def prepared_data(self, name: str) -> str:
+        """Decodes an experiment's data set; what it is, or why its runs are left out."""
+        try:
+            settings = Settings.from_config(composed(self.words(name)))
+            data: Any = build_data(settings)
+            data.prepare()
+            return data.label
+        except (ConfigError, DataError) as error:
+            self.state["missing_data"][name] = str(error)
+            return f"its runs are left out: {error}"
+
+    def words(self, name: str, steps: Sequence[str] = TINY_STEPS) -> list[str]:
+        """The overrides of every run of an experiment."""
+        runs, results = (os.path.relpath(path, REPOSITORY) for path in (self.runs, self.results))
+        places = [f"runs_dir={runs}", f"results_dir={results}", "logger=none"]
+        words = [f"experiment={SCALE}/{name}", *places]
+        if self.rehearsed:
+            words += [*TINY[name], *steps, *ON_CPU, f"data.cache_dir={self.folder / 'data'}"]
+        return words
+
+    @property
+    def able(self) -> list[str]:
+        """The experiments whose data are there."""
+        return [name for name in EXPERIMENTS if name not in self.state["missing_data"]]
+
+    def test(self) -> None:
+        """The tests that are marked `cuda`."""
+        marked = [
+            str(path.relative_to(REPOSITORY))
+            for path in sorted((REPOSITORY / "tests").rglob("test_*.py"))
+            if re.search(r"\bmark\.cuda\b", path.read_text(encoding="utf-8"))
+        ]
+        if not marked:
+            self.state["stages"]["tests"] = {"status": "done", "seconds": 0.0, "note": "no tests"}
+            return
+        begun = (self.kept / "log.txt").stat().st_size if (self.kept / "log.txt").exists() else 0
+        options = ["-m", "cuda", "-v", "-rfE", "--tb=short", "-p", "no:cacheprovider"]
+        # The suite's own options name plugins that may be missing here.
+        own = ["-o", "addopts=--import-mode=importlib --strict-config"]
+        self.stage("tests", ["-m", "pytest", *own, *options, *marked], signal.SIGINT)
+        with (self.kept / "log.txt").open("rb") as log:
+            log.seek(begun)
+            found = gpu_report.test_results(log.read().decode(errors="replace"))
+        self.state["stages"]["tests"].update(found)
+
+    def bench_optimizer(self) -> None:
+        """A step of every optimizer."""
+        output = str(self.kept / "optimizer.csv")
+        program = ["scripts/bench_optimizer.py", "--output", output]
+        program += ["--tiny", "--p", "0.8", "--repeats", "1"] if self.rehearsed else []
+        program += [] if self.rehearsed else ["--device", "cuda", "--p", "0.5", "0.8", "1.5"]
+        self.stage("optimizer", program, signal.SIGTERM)
+
+    def bench_training(self) -> None:
+        """A training step with every optimizer."""
+        if not self.able:
+            return
+        output = str(self.kept / "training.csv")
+        program = ["scripts/bench_training.py", "--output", output, "--rounds", "2", "--cases"]
+        if self.rehearsed:
+            name = self.able[0]
+            words = self.words(name, ["trainer.steps=100", "trainer.eval_every=100"])
+            program += [CASES[name], "--optimizers", "--seconds", "0.01", "--"]
+            program += [word for word in words if word.startswith(("model", "trainer", "data"))]
+        else:
+            program += [*(CASES[name] for name in self.able), "--device", "cuda", "--seconds", "4"]
+        self.stage("training", program, signal.SIGTERM)
+
+    def train_hour(self) -> None:
+        """The runs of `configs/hydra/sweeper/hour.yaml`."""
+        lines = list(OmegaConf.load(CONFIGS / "hydra" / "sweeper" / "hour.yaml").runs)
+        wanted = []
+        known = []
+        for line in lines:
+            name = line.partition("/")[2].partition(" ")[0]
+            if name not in self.able:
+                continue
+            words = [*line.split(), *self.words(name)[1:]]
+            wanted.append(" ".join(words))
+            settings = Settings.from_config(composed(words))
+            run = Run(settings, build_data(settings))
+            known.append({"experiment": name, "run_id": run.id, "name": run.name})
+        self.state["hour"] = known
+        if wanted:
+            self.say(f"--- {gpu_report.TITLES['hour']}")
+            runs = f"hydra.sweeper.runs={json.dumps(wanted)}"
+            self.train(["experiments/train.py", "-m", "hydra/sweeper=hour", runs])
+
+    def sweep(self) -> None:
+        """The sweeps at paper scale, one kind after the other for both experiments."""
+        listed: dict[str, int] = {}
+        for name in self.able:
+            for sweep in OmegaConf.load(CONFIGS / "experiment" / SCALE / f"{name}.yaml").sweeps:
+                count = runs_of_sweep(f"{SCALE}/{name}", sweep)
+                listed[f"{name} {sweep}"] = count
+        for key, count in listed.items():
+            self.state["sweeps"].setdefault(key, {"runs": count, "status": "not done"})
+        if self.rehearsed:  # two runs of each experiment show it
+            listed = {key: count for key, count in listed.items() if key.endswith(" sgd")}
+        for key in sorted(listed, key=lambda key: sweep_order(listed, key)):
+            entry = self.state["sweeps"][key]
+            if not self.left or entry["status"] == "done":
+                continue
+            name, sweep = key.split()
+            self.say(f"--- sweep={sweep} of {SCALE}/{name}")
+            program = ["experiments/sweep.py", SCALE, "--experiments", name, "--sweeps", sweep]
+            code = self.train([*program, "--", *self.words(name)[1:]])
+            if code is not None:
+                entry["status"] = "done" if code == 0 else f"failed with status {code}"
+
+    def train(self, program: list[str]) -> int | None:
+        """Runs a program that trains, recording its runs as they end."""
+        if self.workers is not None:
+            program = [*program, f"hydra.launcher.n_jobs={self.workers}"]
+        ended = set(self.runs.glob(f"{SCALE}/*/*/{records.RESULT_FILE}"))
+
+        def look() -> None:
+            nonlocal ended
+            now = set(self.runs.glob(f"{SCALE}/*/*/{records.RESULT_FILE}"))
+            if now != ended:
+                ended = now
+                self.record()
+
+        code = self.do(program, self.left, look=look)
+        self.record()
+        return code
+
+
+def sweep_order(listed: dict[str, int], key: str) -> tuple[int, str]:
+    """By the place of a sweep in its experiment's list, so that the experiments take turns."""
+    name = key.partition(" ")[0]
+    own = [other for other in listed if other.startswith(f"{name} ")]
+    return own.index(key), key
+
+
+def runs_of_sweep(experiment: str, sweep: str) -> int:
+    """How many runs a sweep has."""
+    words = [f"experiment={experiment}", f"sweep={sweep}", "logger=none"]
+    with initialize_config_dir(str(CONFIGS), version_base="1.3"):
+        cfg = compose("train", words, return_hydra_config=True)
+    return math.prod(len(str(values).split(",")) for values in cfg.hydra.sweeper.params.values())
