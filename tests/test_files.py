@@ -52,3 +52,12 @@ def test_only_a_file_that_ends_is_read(tmp_path):
         read_regular(tmp_path)
     with pytest.raises(FileNotFoundError):
         read_regular(tmp_path / "nothing")
+
+
+def test_a_device_is_never_replaced(monkeypatch, tmp_path):
+    path = tmp_path / "full"
+    path.write_text("a device, as far as the system says")
+    monkeypatch.setattr(type(path), "is_char_device", lambda self: self == path)
+    with pytest.raises(OSError, match="it is a device"):
+        write_text(path, "")
+    assert path.read_text().startswith("a device")

@@ -20,8 +20,11 @@ def atomic_write(path: Path) -> Iterator[BinaryIO]:
     its own: two processes may write one path at once, and readers see a whole file at any time.
 
     Raises:
-        OSError: the folder cannot be written or the disk is full; what was at ``path`` stays.
+        OSError: the folder cannot be written, the disk is full or a device is at ``path``; what was
+            there stays.
     """
+    if path.is_char_device() or path.is_block_device():  # root would replace it for everybody
+        raise OSError(errno.EINVAL, "it is a device", str(path))
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
     try:
