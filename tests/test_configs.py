@@ -48,7 +48,7 @@ CHOICES = {
     "decay_schedule/p_ramp": {"option": "p", "start": 2.0, "begin": 0.0, "end": 0.5},
     "decay_schedule/lambda_p_warmup": {"option": "lambda_p", "start": 0.0, "begin": 0.0}
     | {"end": 0.2},
-    "decay_schedule/target_sparsity": {"sparsity": 0.95, "begin": 0.0, "end": 0.6},
+    "decay_schedule/target_sparsity": {"sparsity": 0.95, "begin": 0.0, "end": "${target_end}"},
     "schedule/cosine": {"final_fraction": "${final_fraction}"} | NO_WARMUP,
     "schedule/constant": {"final_fraction": 1.0} | NO_WARMUP,
     "trainer/default": TRAINER | {"checkpoint_minutes": 5},
@@ -81,7 +81,7 @@ def test_every_choice_is_told():
 def test_what_holds_for_every_run():
     root = OmegaConf.load(CONFIGS / "train.yaml")
     values = {"seed": 0, "betas": [0.9, 0.999], "final_fraction": 0.01}
-    values |= {"skip_recorded": True, "repeat_best": False}
+    values |= {"target_end": 0.6, "skip_recorded": True, "repeat_best": False}
     values |= {"runs_dir": "runs", "results_dir": "results"}
     assert {key: root[key] for key in values} == values
     chosen = {key: value for entry in root.defaults for key, value in _pair(entry)}
@@ -92,6 +92,12 @@ def test_what_holds_for_every_run():
 
 def _pair(entry: Any) -> list[tuple[str, Any]]:
     return [] if isinstance(entry, str) else list(entry.items())
+
+
+@pytest.mark.parametrize("scale", ["cpu", "wide", "paper"])
+def test_images_are_steered_longer_than_text(scale):
+    assert read(f"experiment/{scale}/resnet18_cifar10")["target_end"] == 0.75
+    assert "target_end" not in read(f"experiment/{scale}/nanogpt_shakespeare")
 
 
 # What a sweep sweeps over: options, and the names of their values in an experiment's grid.

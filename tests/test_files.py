@@ -1,8 +1,10 @@
 from __future__ import annotations
 
+import os
+
 import pytest
 
-from pnorm_decay.files import atomic_write, write_text
+from pnorm_decay.files import atomic_write, read_regular, write_text
 
 
 def test_writes_and_replaces(tmp_path):
@@ -32,3 +34,30 @@ def test_an_unusable_folder_is_an_oserror(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(OSError, match="file"):
         write_text(tmp_path / "file" / "a.txt", "")
+
+
+def test_only_a_file_that_ends_is_read(tmp_path):
+    path = tmp_path / "a"
+    path.write_bytes(b"four")
+    (tmp_path / "link").symlink_to(path)
+    assert read_regular(tmp_path / "link", largest=4) == b"four"
+    with pytest.raises(OSError, match="it has 4 bytes, more than the 3 it can have"):
+        read_regular(path, largest=3)
+    os.mkfifo(tmp_path / "pipe")
+    (tmp_path / "zeros").symlink_to("/dev/zero")
+    for name in ("pipe", "zeros"):
+        with pytest.raises(OSError, match="it is not a regular file"):
+            read_regular(tmp_path / name)
+    with pytest.raises(IsADirectoryError):
+        read_regular(tmp_path)
+    with pytest.raises(FileNotFoundError):
+        read_regular(tmp_path / "nothing")
+
+
+def test_a_device_is_never_replaced(monkeypatch, tmp_path):
+    path = tmp_path / "full"
+    path.write_text("a device, as far as the system says")
+    monkeypatch.setattr(type(path), "is_char_device", lambda self: self == path)
+    with pytest.raises(OSError, match="it is a device"):
+        write_text(path, "")
+    assert path.read_text().startswith("a device")

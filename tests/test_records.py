@@ -112,6 +112,8 @@ def test_runs_of_the_same_overrides_are_comparable():
     assert records.are_comparable(frame(rows)).tolist() == [True, False, False]
     others = frame([*rows[1:], run() | {"overrides": "trainer.steps=20"}])
     assert records.are_comparable(others).tolist() == [True, True, False]
+    own_diverged = frame([run(accuracy=None), rows[1], run(accuracy=None) | {"overrides": "x=1"}])
+    assert records.are_comparable(own_diverged).tolist() == [False, True, False]
 
 
 def with_value(name, value):
@@ -141,6 +143,10 @@ BROKEN = {
     "accuracy of 101": (with_value("val_accuracy", "101"), "val_accuracy=101: must be a number f"),
     "loss of nan": (with_value("val_loss", "nan"), "line 3: val_loss=nan: must be a number"),
     "sparsity of -1": (with_value("sparsity", "-1"), "line 3: sparsity=-1: must be a number from"),
+    "sparsity of 1.5": (
+        with_value("sparsity", "1.5"),
+        "sparsity=1.5: must be a number from 0 to 1",
+    ),
     "half a seed": (with_value("seed", "0.5"), "line 3: seed=0.5: must be a whole number"),
     "no number": (with_value("lr", "much"), "line 3: lr=much: must be a number"),
     "a run twice": (with_value("run_id", "a"), "line 3: run a is in line 2 too"),

@@ -20,8 +20,11 @@ def atomic_write(path: Path) -> Iterator[BinaryIO]:
     its own: two processes may write one path at once, and readers see a whole file at any time.
 
     Raises:
-        OSError: the folder cannot be written or the disk is full; what was at ``path`` stays.
+        OSError: the folder cannot be written, the disk is full or a device is at ``path``; what was
+            there stays.
     """
+    if path.is_char_device() or path.is_block_device():  # root would replace it for everybody
+        raise OSError(errno.EINVAL, "it is a device", str(path))
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
     try:
@@ -36,22 +39,30 @@ def atomic_write(path: Path) -> Iterator[BinaryIO]:
             temporary.unlink()
 
 
-def read_regular(path: Path, largest: int | None = None) -> bytes:
-    """The content of a file that ends: no pipe and no device.
+def regular_size(path: Path, largest: int | None = None) -> int:
+    """The bytes of a file that ends: no pipe and no device.
 
     Args:
         path: of a file, or a link to one.
         largest: bytes that it may have.
 
     Raises:
-        OSError: it cannot be read, is no regular file, or is too large.
+        OSError: it is not there, is no regular file, or is too large.
     """
     state = path.stat()
-    if not stat.S_ISREG(state.st_mode) and not stat.S_ISDIR(state.st_mode):
+    if stat.S_ISDIR(state.st_mode):
+        raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
+    if not stat.S_ISREG(state.st_mode):
         raise OSError(errno.EINVAL, "it is not a regular file", str(path))
     if largest is not None and state.st_size > largest:
         reason = f"it has {state.st_size:,} bytes, more than the {largest:,} it can have"
         raise OSError(errno.EFBIG, reason, str(path))
+    return state.st_size
+
+
+def read_regular(path: Path, largest: int | None = None) -> bytes:
+    """The content of such a file; arguments and errors as of ``regular_size``."""
+    regular_size(path, largest)
     return path.read_bytes()
 
 

@@ -94,6 +94,17 @@ def test_the_target_is_reached_exactly_and_the_end_changes_nothing(pruned):
     assert sparsity(model) == zero_fraction(model)
 
 
+def test_every_layer_keeps_a_channel_whatever_the_target():
+    model, pruning, optimizer = start(target=0.96)
+    with torch.no_grad():
+        for weight in model.stages[0][0].conv1.parameters():
+            weight *= 1e-3  # by their saliency all of its channels would go
+    train(model, pruning, optimizer, STEPS)
+    for group in channel_groups(model, EXAMPLE):
+        rows = [part.detach().reshape(group.channels, -1) for part in group.producers]
+        assert (torch.cat(rows, 1) != 0).any()
+
+
 def test_the_compact_model_has_the_same_logits_and_no_zeros(pruned):
     model, before = pruned
     small = compact(model, EXAMPLE).eval()

@@ -37,6 +37,7 @@ def test_the_coupled_gradient_is_that_of_the_penalty():
     CoupledAdam([ours], lr=0.1, p=0.7, lambda_p=0.3).step()
     torch.optim.Adam([theirs], lr=0.1).step()
     torch.testing.assert_close(ours, theirs)
+    torch.testing.assert_close(ours.grad, theirs.grad)  # whose size Adam's first step divides out
 
 
 def test_the_coupled_gradient_does_not_settle_where_the_exact_step_does():

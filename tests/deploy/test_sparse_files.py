@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import socket
 import struct
 import subprocess
@@ -318,6 +319,12 @@ def test_foreign_files(tmp_path, content, message):
 
 def test_a_file_that_is_not_there(tmp_path):
     with pytest.raises(FileNotFoundError):
+        load_sparse(tmp_path / "x")
+
+
+def test_a_pipe_is_not_waited_for(tmp_path):
+    os.mkfifo(tmp_path / "x")
+    with pytest.raises(OSError, match="not a regular file"):
         load_sparse(tmp_path / "x")
 
 

@@ -42,8 +42,9 @@ def test_a_panel_for_each_p_with_its_best_accuracy(contour):
 
 
 def test_adamw_does_not_stand_in_where_pwd_was_run_at_two():
-    titles = [plane.title for plane in planes(on_planes(experiment([*grid(2.0), *adamw()])))]
-    assert titles == ["p = 2"]
+    shown = on_planes(experiment([*grid(2.0), *adamw()]))
+    assert [plane.title for plane in planes(shown)] == ["p = 2"]
+    assert set(shown.runs["method"]) == {"pwd"}
 
 
 def test_runs_are_marked_where_they_are(contour):

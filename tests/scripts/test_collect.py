@@ -108,10 +108,10 @@ def test_values_in_quotes_are_recorded_as_the_numbers_that_they_are(run_program,
     assert rates(tmp_path, "demo") == {"a": 0.5}
 
 
-def sparse_run(tmp_path, run_id, p, sparsity, accuracy):
+def sparse_run(tmp_path, run_id, p, sparsity, accuracy, **others):
     folder = finish(tmp_path, "cpu", run_id)
     row = {"run_id": run_id, "method": "pwd", "status": "finished", "p": p, "sparsity": sparsity}
-    row = dict.fromkeys(COLUMNS) | row | {"val_accuracy": accuracy}
+    row = dict.fromkeys(COLUMNS) | row | {"val_accuracy": accuracy} | others
     records.write_result(folder, {"record": row})
     (folder / "weights.csv").write_text("step,sparsity/fc\n10,0.5\n")
     return folder
@@ -122,6 +122,8 @@ def test_the_weights_of_the_best_sparse_run_of_each_p_are_kept(run_program, plac
     sparse_run(tmp_path, "b", 0.5, 0.95, 80.0)
     elsewhere = sparse_run(tmp_path, "c", 0.5, 0.92, 85.0)
     sparse_run(tmp_path, "d", 1.0, 0.92, 90.0)
+    sparse_run(tmp_path, "e", 1.0, 0.95, 99.0, overrides="model.width=48")
+    sparse_run(tmp_path, "f", 1.0, 0.95, 99.0, method="sgd_pwd")
     kept = tmp_path / "results" / "cpu" / "weights" / "digits.csv"
     expected = "run_id,step,sparsity/fc\nd,10,0.5\nc,10,0.5\n"
     assert run_program(COLLECT, *places).code == 0

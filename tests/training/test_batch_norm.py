@@ -18,6 +18,8 @@ def network() -> nn.Module:
 def test_the_statistics_are_the_mean_over_the_batches_and_go_back() -> None:
     model = network()
     batches = [torch.randn(8, 2, 4, 4) + number for number in range(3)]
+    model.train()(torch.randn(8, 2, 4, 4))  # statistics of its own, which do not count
+    model.eval()
     before = copy.deepcopy(model.state_dict())
     with recalibrated(model, batches) as inside:
         (norm,) = batch_norms(inside)

@@ -53,6 +53,7 @@ def test_attached_scheduler_sets_the_optimizers_lr():
 
 def test_warmup_takes_at_most_half_of_a_short_run():
     assert WarmupCosine(warmup_steps=100).warmup(10, None) == 5
+    assert WarmupCosine(warmup_epochs=0.7).warmup(100, 11) == 8  # 7.7 rounded
 
 
 def test_what_is_left_of_a_warmup_that_is_too_long_is_said():
@@ -145,6 +146,13 @@ def test_a_group_without_decay_has_none_on_the_way_to_the_others_value():
 def test_bad_target_schedules(options, named):
     with pytest.raises(ConfigError, match=named):
         TargetSchedule.checked(options, "decay_schedule")
+
+
+def test_a_target_is_steered_to_between_the_fractions_of_the_run():
+    optimizer = AdamPWD([torch.nn.Parameter(torch.ones(2, 2))], p=0.5, lambda_p=1.0)
+    schedule = TargetSchedule(sparsity=0.9, begin=0.25, end=0.75)
+    (target,) = schedule.attach(optimizer, 40)
+    assert (target.sparsity, target.steps, target.begin, target.end) == (0.9, 40, 10, 30)
 
 
 def test_a_target_needs_decay():

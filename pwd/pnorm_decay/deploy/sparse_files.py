@@ -41,7 +41,7 @@ import zstandard
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
-from pnorm_decay.files import atomic_write
+from pnorm_decay.files import atomic_write, regular_size
 from pnorm_decay.optim.layout import PLAIN, local_part, whole
 
 FORMAT = "pnorm_decay.sparse"
@@ -148,7 +148,7 @@ def load_sparse(
     if into is not None and names is not None:
         raise ValueError("load_sparse takes into or names: a module takes all tensors over")
     path = Path(path)
-    size = path.stat().st_size
+    size = regular_size(path)
     try:
         with safe_open(path, framework="pt") as file:
             entries = _entries(file)

@@ -42,7 +42,7 @@ from pnorm_decay.training import stopping
 from pnorm_decay.training.progress import TOTAL, console
 from pnorm_decay.training.provenance import git_commit
 from pnorm_decay.training.run import LeftError, ProcessDiedError, RunError, record_lost
-from pnorm_decay.training.settings import Settings, cores
+from pnorm_decay.training.settings import ConfigError, Settings, cores
 from pnorm_decay.training.tracking import LoggerError
 
 LOOK_SECONDS = 0.2  # between two looks at whether the sweep was asked to stop
@@ -181,9 +181,10 @@ def launch(
         How each ended, in order.
 
     Raises:
-        ConfigError: a value is not what a run takes; none has begun.
+        ConfigError: a value is not what a run takes, or ``at_once`` no such number; none has begun.
         Stopped: the sweep was asked to stop; the runs that had begun have saved their states.
     """
+    at_once = runs_at_once(at_once)
     sweep.check(overrides)
     setup_globals()
     common = cloudpickle.dumps((sweep, Singleton.get_state()))
@@ -191,7 +192,6 @@ def launch(
     busy: dict[Worker, Job] = {}
     done_elsewhere: list[tuple[Path, Job]] = []  # with the locks that tell how long
     ended: dict[int, JobReturn] = {}
-    at_once = cores() if at_once == -1 else max(1, at_once)
     told = False  # the workers, to stop
     try:
         while busy or ((left or done_elsewhere) and not stopping.requested()):
@@ -238,6 +238,18 @@ def launch(
     if stopping.requested():
         raise stopping.Stopped
     return [ended[number] for number in sorted(ended)]
+
+
+def runs_at_once(number: object) -> int:
+    """How many runs ``hydra.launcher.n_jobs`` asks for; -1: one a core.
+
+    Raises:
+        ConfigError: it is something else.
+    """
+    if type(number) is not int or (number < 1 and number != -1):
+        wanted = "must be -1 or a whole number of at least 1"
+        raise ConfigError(f"hydra.launcher.n_jobs={number}: {wanted}")
+    return cores() if number == -1 else number
 
 
 def logging_failed(ended: JobReturn) -> bool:
