@@ -132,5 +132,5 @@ lint: $(READY) ## check style and types
 	$(BIN)/mypy
 
 clean: ## remove .venv and caches; runs/, data/ and results/ stay
-	rm -rf .venv .mypy_cache .pytest_cache .ruff_cache .hypothesis pwd/*.egg-info
+	rm -rf .venv build dist .mypy_cache .pytest_cache .ruff_cache .hypothesis pwd/*.egg-info
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

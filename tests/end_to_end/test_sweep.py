@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 
 import pytest
 
@@ -73,6 +74,10 @@ def test_the_best_runs_are_repeated_and_recorded(run_program, tmp_path):
     first, repeated = done.err.splitlines()
     assert first == "cpu/nanogpt_shakespeare, sgd: all 2 runs are already complete"
     assert repeated == "cpu/nanogpt_shakespeare, sgd: all 4 runs are already complete"
+    shutil.rmtree(tmp_path / "runs")  # as on a machine that has the records alone
+    elsewhere = run_program(SWEEP, "--record", *which, "--", *tiny, *places, *own)
+    assert elsewhere.code == 0, elsewhere.err
+    assert elsewhere.err == done.err
 
 
 def test_demo_experiments_name_no_seeds_to_repeat(run_program):
