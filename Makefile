@@ -12,7 +12,7 @@ GPU_PYTHON ?= 3.12
 DRAWN_BY := $(wildcard scripts/plot.py scripts/tables.py scripts/explorer.py experiments/toy.py \
 	pwd/pnorm_decay/*.py pwd/pnorm_decay/figures/*) $(READY)
 DRAWN_FROM = $(wildcard $(foreach scale,demo cpu wide paper,results/$(scale)/*.csv \
-	results/$(scale)/weights/*.csv) results/bench/inference.csv)
+	results/$(scale)/weights/*.csv) results/bench/*.csv)
 DRAWN := results/figures/.drawn
 
 .DEFAULT_GOAL := help

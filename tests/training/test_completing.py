@@ -60,6 +60,7 @@ def test_the_values_of_one_run_leave_the_next_alone(hydra):
         ("optimizer=nosuch", None),
         ("a=1", None),
         ("=", None),
+        ("hydra.sweeper._target_=collections.Counter", None),
     ],
 )
 def test_of_what_is_not_understood_the_sweep_tells(monkeypatch, word, count):
