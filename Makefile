@@ -12,7 +12,7 @@ GPU_PYTHON ?= 3.12
 DRAWN_BY := $(wildcard scripts/plot.py scripts/tables.py scripts/explorer.py experiments/toy.py \
 	pwd/pnorm_decay/*.py pwd/pnorm_decay/figures/*) $(READY)
 DRAWN_FROM = $(wildcard $(foreach scale,demo cpu wide paper,results/$(scale)/*.csv \
-	results/$(scale)/weights/*.csv) results/bench/inference.csv)
+	results/$(scale)/weights/*.csv) results/bench/*.csv)
 DRAWN := results/figures/.drawn
 
 .DEFAULT_GOAL := help
@@ -132,5 +132,5 @@ lint: $(READY) ## check style and types
 	$(BIN)/mypy
 
 clean: ## remove .venv and caches; runs/, data/ and results/ stay
-	rm -rf .venv .mypy_cache .pytest_cache .ruff_cache .hypothesis pwd/*.egg-info
+	rm -rf .venv build dist .mypy_cache .pytest_cache .ruff_cache .hypothesis pwd/*.egg-info
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

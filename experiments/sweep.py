@@ -105,16 +105,18 @@ def run_sweeps(
 
 
 def record(scale: str, overrides: list[str]) -> None:
-    """Records the runs of a scale.
+    """Records the runs of a scale, where there is a folder of runs.
 
     Raises:
         SystemExit: a record cannot be read or written.
     """
-    words = ["--scale", scale]
+    set_here = dict(word.split("=", 1) for word in overrides if "=" in word)
+    runs, results = (set_here.get(f"{what}_dir", what) for what in ("runs", "results"))
+    if not Path(runs).is_dir():  # all are recorded, by another machine
+        return
+    words = ["--scale", scale, "--runs", runs, "--results", results]
     if scale == "demo":
         words.append("--anew")
-    for option, key in (("--runs", "runs_dir="), ("--results", "results_dir=")):
-        words += [f"{option}={w.removeprefix(key)}" for w in overrides if w.startswith(key)]
     if code := run_program(COLLECT, *words):
         sys.exit(code)
 

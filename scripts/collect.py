@@ -124,7 +124,8 @@ def keep_curves(runs: Path, frame: pd.DataFrame, path: Path) -> int:
         of_run = runs / run_id / METRICS_FILE
         if of_run.exists():
             curve = records.read_table(of_run)
-            if math.isnan(accuracy) or float(curve["val_accuracy"].iloc[-1]) == accuracy:
+            ends = curve["val_accuracy"].tail(1).tolist() if "val_accuracy" in curve else []
+            if math.isnan(accuracy) or ends == [repr(accuracy)]:
                 curves[run_id] = curve
     return records.write_curves(path, curves, frame["run_id"]) if curves or path.exists() else 0
 

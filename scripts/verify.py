@@ -1,5 +1,8 @@
 """Trains one recorded run of each experiment again, and compares it with its record.
 
+It also evaluates the networks in results/networks/, which `save_sparse` wrote under the names
+<run_id>.safetensors.
+
     python scripts/verify.py
     python scripts/verify.py --longest 900
 
@@ -18,14 +21,26 @@ import shlex
 import subprocess
 import sys
 import tempfile
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
+import torch
+from hydra import compose, initialize_config_dir
 from rich.console import Console
 
+from pnorm_decay import sparsity
+from pnorm_decay.data import DataError, Dataset
+from pnorm_decay.deploy import SparseFileError, load_sparse
 from pnorm_decay.figures.explorer import command
 from pnorm_decay.figures.loading import SCALES, Experiment, average_seeds, load_all
+from pnorm_decay.training.building import build_data, build_model
+from pnorm_decay.training.evaluation import evaluate
+from pnorm_decay.training.machine import make_accelerator
+from pnorm_decay.training.settings import ConfigError, Settings
+
+CONFIGS = Path(__file__).resolve().parents[1] / "configs"
 
 console = Console(highlight=False, soft_wrap=True, markup=False)
 
@@ -81,34 +96,109 @@ def verify(experiment: Experiment, longest: float) -> bool:
         if not pd.isna(run[column])
     )
     console.print(f"{name}: {run['method']} {shown}, recorded in {run['seconds']:.0f} s ...")
+    try:
+        recorded_data(settings_of(name, run), run)
+    except DataError as error:
+        console.print(f"{name}: left out. {error}")
+        return True
+    except ConfigError as error:
+        console.print(f"{name}: error: {error}")
+        return False
     with tempfile.TemporaryDirectory() as folder:
         record = train(experiment, run, folder)
     if isinstance(record, str):
-        if "to a local copy" in record:  # the data are not there
-            console.print(f"{name}: left out. {record}")
-            return True
         console.print(f"{name}: error: {record}")
         return False
-    if record["data"] != run["data"]:
-        console.print(f"{name}: left out, recorded on {run['data']}, here are {record['data']}")
-        return True
     if record["status"] != "finished":
         console.print(f"    NOT AS RECORDED: {record['reason']}")
         return False
+    return is_as_recorded(experiment, run, record)
+
+
+def is_as_recorded(
+    experiment: Experiment, run: Mapping[str, Any], now: Mapping[str, float]
+) -> bool:
+    """Prints what was recorded of a run, what is found now, and whether they are alike."""
     allowed = 3 * spread(experiment)
-    difference = record["val_accuracy"] - run["val_accuracy"]
+    differences = {what: now[what] - run[what] for what in ("val_accuracy", "sparsity")}
     same = (
-        abs(difference) <= allowed and abs(record["sparsity"] - run["sparsity"]) <= SPARSITY_ALLOWED
+        abs(differences["val_accuracy"]) <= allowed
+        and abs(differences["sparsity"]) <= SPARSITY_ALLOWED
     )
-    verdict = "as recorded" if same else "NOT AS RECORDED"
-    for what, unit, scale, digits in (("val_accuracy", " %", 1, 2), ("sparsity", "", 1, 4)):
+    for what, unit, digits in (("val_accuracy", " %", 2), ("sparsity", "", 4)):
         console.print(
-            f"    {what}: record {run[what] * scale:.{digits}f}{unit}, "
-            f"now {record[what] * scale:.{digits}f}{unit}, "
-            f"difference {(record[what] - run[what]) * scale:+.{digits}f}{unit}"
+            f"    {what}: record {run[what]:.{digits}f}{unit}, now {now[what]:.{digits}f}{unit}, "
+            f"difference {differences[what]:+.{digits}f}{unit}"
         )
+    verdict = "as recorded" if same else "NOT AS RECORDED"
     console.print(f"    {verdict} (up to {allowed:.2f} % and {SPARSITY_ALLOWED} count as alike)")
     return same
+
+
+def settings_of(name: str, run: Mapping[str, Any]) -> Settings:
+    """The settings of a recorded run.
+
+    Raises:
+        ConfigError: this version does not know the run's method, or refuses a value.
+    """
+    words = shlex.split(command(name, run) or "")
+    if not words:
+        raise ConfigError(f"no command repeats a run of {run['method']}")
+    own = [f"experiment_name={name}", "sweep_name=none"]
+    with initialize_config_dir(str(CONFIGS), version_base="1.3"):
+        return Settings.from_config(compose("train", [*words[2:], *own]))
+
+
+def recorded_data(settings: Settings, run: Mapping[str, Any]) -> Dataset:
+    """The data of a recorded run, set up on the CPU.
+
+    Raises:
+        DataError: they are missing, or others than those of the record.
+    """
+    data = build_data(settings)
+    data.setup(torch.device("cpu"))
+    if data.label != run["data"]:
+        raise DataError(f"It was recorded on {run['data']}, here are {data.label}")
+    return data
+
+
+def verify_network(path: Path, experiments: list[Experiment]) -> bool:
+    """Evaluates a shipped network and prints what came out; False where it is not as recorded."""
+    for experiment in experiments:
+        runs = experiment.finished
+        found = runs[runs["run_id"] == path.stem].to_dict("records")
+        if found:
+            name = f"{experiment.scale}/{experiment.name}"
+            run = {str(key): value for key, value in found[0].items()}
+            console.print(f"{path}: {name}, {run['method']}, evaluated in fp32 ...")
+            try:
+                now = evaluate_network(path, name, run)
+            except DataError as error:
+                console.print(f"{path}: left out. {error}")
+                return True
+            except (ConfigError, SparseFileError, OSError) as error:
+                console.print(f"{path}: error: {error}")
+                return False
+            return is_as_recorded(experiment, run, now)
+    console.print(f"{path}: error: no recorded run has the id {path.stem}")
+    return False
+
+
+def evaluate_network(path: Path, name: str, run: Mapping[str, Any]) -> dict[str, float]:
+    """Accuracy in percent and sparsity of a sparse file.
+
+    Raises:
+        ConfigError: this version does not know the run's method.
+        DataError: the data set is missing, or another one than was recorded.
+        SparseFileError: the file is damaged or of another network.
+    """
+    settings = settings_of(name, run)
+    data = recorded_data(settings, run)
+    accelerator = make_accelerator(torch.device("cpu"), "fp32")
+    model = build_model(settings, data)
+    load_sparse(path, into=model)
+    _, accuracy = evaluate(model, data, settings.trainer, accelerator)
+    return {"val_accuracy": accuracy, "sparsity": sparsity(model)}
 
 
 def main() -> None:
@@ -122,6 +212,8 @@ def main() -> None:
     args = parser.parse_args()
     experiments, errors = load_all(args.results, SCALES)
     same = [verify(experiment, args.longest) for experiment in experiments]
+    networks = sorted((args.results / "networks").rglob("*.safetensors"))
+    same += [verify_network(path, experiments) for path in networks]
     for error in errors:
         console.print(f"error: {error}")
     sys.exit(2 if errors else 0 if all(same) else 1)

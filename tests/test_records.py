@@ -6,6 +6,7 @@ import os
 import pandas as pd
 import pytest
 
+from conftest import REPOSITORY
 from figures.made_up import frame, run
 from pnorm_decay import records
 from pnorm_decay.records import COLUMNS, RecordError
@@ -257,3 +258,18 @@ def test_columns_that_somebody_added_stay(tmp_path):
         "c": "",
     }
     assert frame.loc[frame["run_id"] == "a", "lr"].item() == 1.0
+
+
+CURVES = sorted((REPOSITORY / "results").glob("*/curves/*.csv.gz"))
+
+
+@pytest.mark.parametrize("path", CURVES, ids=lambda path: path.name)
+def test_committed_curves_end_in_what_is_recorded(path):
+    rows = records.read(path.parents[1] / path.name.removesuffix(".gz")).set_index("run_id")
+    ends = records.read_curves(path).groupby("run_id").last()
+    recorded = rows.loc[ends.index]
+    assert len(ends) >= 66
+    for column in ("val_accuracy", "sparsity", "zero_fraction"):
+        assert list(ends[column]) == list(recorded[column]), column
+    assert list(ends["step"]) == list(recorded["steps"])
+    assert path.stat().st_size < 5_000_000

@@ -82,12 +82,14 @@ def damage(folder, how):
         return "a_copy"
     if how == "list":
         path.write_text(path.read_text().replace('"seed": null', '"seed": [0, 1]'))
+    elif how == "text":
+        path.write_text(path.read_text().replace('"lr": null', '"lr": "0.5"'))
     else:
         path.write_text(how)
     return str(path)
 
 
-@pytest.mark.parametrize("how", ["", "{", "[]", '{"record": {}}', "list", "copied"])
+@pytest.mark.parametrize("how", ["", "{", "[]", '{"record": {}}', "list", "text", "copied"])
 def test_broken_results_are_named_and_the_others_recorded(run_program, places, tmp_path, how):
     named = damage(finish(tmp_path, "demo", "a"), how)
     finish(tmp_path, "demo", "b")
@@ -149,6 +151,9 @@ def test_learning_curves_are_kept_by_run(run_program, places, tmp_path):
     shutil.rmtree(gone)  # the next machine does not have it
     with_curve(tmp_path, "c", 10.0, 30.0, recorded=31.0)  # another doing of it is recorded
     with_curve(tmp_path, "a", 40.0, header="lr,val_accuracy")
+    (finish(tmp_path, "cpu", "d") / "metrics.csv").write_text("step,val_accuracy\n")
+    finish(tmp_path, "cpu", "e", val_accuracy=1.0)
+    (tmp_path / "runs" / "cpu" / "digits" / "e" / "metrics.csv").write_text("step\n10\n")
     done = run_program(COLLECT, *places)
     assert "learning curves of 2 of them" in done.out
     curves = records.read_curves(path)

@@ -11,7 +11,7 @@ from pnorm_decay.training.completing import count_if_complete, runs_of, settings
 from pnorm_decay.training.settings import Settings
 
 CONFIGS = REPOSITORY / "configs"
-FILES = [CONFIGS / "experiment" / "demo" / f"{n}.yaml" for n in ("resnet_digits", "nanogpt_pydoc")]
+FILES = [CONFIGS / "experiment" / "demo" / "resnet_digits.yaml"]
 FILES.append(CONFIGS / "experiment" / "cpu" / "nanogpt_shakespeare.yaml")
 SWEEPS = [
     (f"{path.parent.name}/{path.stem}", sweep)
@@ -35,7 +35,7 @@ def composed(experiment: str, sweep: str, run: list[str]) -> Settings:
 
 @pytest.mark.parametrize(("experiment", "sweep"), SWEEPS)
 def test_they_are_what_hydra_composes(hydra, experiment, sweep):
-    words = [f"experiment={experiment}", f"sweep={sweep}", "seed=3,4", "trainer.eval_every=7"]
+    words = [f"experiment={experiment}", f"sweep={sweep}", "seed=4", "trainer.eval_every=7"]
     runs, settings = runs_of(words), list(settings_of_runs(words, CONFIGS))
     assert len(runs) == len(settings) == len({repr(one) for one in settings})
     last = settings[-1]
@@ -60,6 +60,7 @@ def test_the_values_of_one_run_leave_the_next_alone(hydra):
         ("optimizer=nosuch", None),
         ("a=1", None),
         ("=", None),
+        ("hydra.sweeper._target_=collections.Counter", None),
     ],
 )
 def test_of_what_is_not_understood_the_sweep_tells(monkeypatch, word, count):

@@ -41,3 +41,8 @@ def __getattr__(name: str) -> Any:
             raise
         needed = f"{name} needs {error.name}: pip install 'pnorm-decay[deploy]'"
         raise ModuleNotFoundError(needed, name=error.name) from error
+
+
+def __dir__() -> list[str]:
+    """Names that are not imported yet, too, for completion and documentation."""
+    return sorted({*globals(), *__all__})

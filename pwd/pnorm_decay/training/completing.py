@@ -73,7 +73,12 @@ def settings_of_runs(words: Sequence[str], configs: Path) -> Iterator[Settings]:
 
 
 def runs_of(words: Sequence[str]) -> list[list[str]]:
-    """The words of every run of a sweep, as Hydra's sweeper makes them."""
+    """The words of every run of a sweep, as Hydra's sweeper makes them.
+
+    Raises:
+        ConfigError: it is another sweeper, which does not say.
+        HydraException: a word is not understood.
+    """
     parser = OverridesParser.create()
     given = parser.parse_overrides(list(words))
     single = [str(word.input_line) for word in given if not word.is_sweep_override()]
@@ -81,7 +86,9 @@ def runs_of(words: Sequence[str]) -> list[list[str]]:
     params: Any = OmegaConf.to_container(sweeper.params, resolve=True) if sweeper.params else {}
     own = [f"{key}={value}" for key, value in params.items()]
     task = [str(word.input_line) for word in given if not word.is_hydra_override()]
-    split = get_class(sweeper._target_).split_arguments  # type: ignore[attr-defined]
+    split = getattr(get_class(sweeper._target_), "split_arguments", None)
+    if split is None:
+        raise ConfigError(f"{sweeper._target_}: chooses its runs as it goes")
     (runs,) = split(parser.parse_overrides([*own, *task]), None)
     return runs
 
