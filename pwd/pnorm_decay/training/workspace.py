@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import wandb_workspaces.reports.v2 as panels
 import wandb_workspaces.workspaces as workspaces
 from wandb_workspaces.reports.v2 import Config, LinePlot, ParallelCoordinatesPlot, ScatterPlot
@@ -49,7 +51,7 @@ def as_json(workspace: workspaces.Workspace) -> str:
     return workspace._to_model().model_dump_json(by_alias=True, exclude_none=True, indent=2)
 
 
-def _section(name: str, shown: list[panels.PanelTypes]) -> workspaces.Section:
+def _section(name: str, shown: list[Any]) -> workspaces.Section:
     layout = workspaces.SectionLayoutSettings(columns=2, rows=2)
     return workspaces.Section(name=name, panels=shown, is_open=True, layout_settings=layout)
 
