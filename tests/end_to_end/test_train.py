@@ -77,7 +77,7 @@ def assert_is_found_in_wandb(run, record):
     assert run["name"].startswith("pwd p=0.5 lambda_p=0.03 lr=0.001 seed=0 model.width=4 ")
     assert run["group"] == "demo/resnet_digits " + run["name"].replace("seed=0 ", "")
     assert (run["job_type"], run["tags"]) == ("pwd", ["demo", "resnet_digits", "pwd"])
-    layers = {name for name in summary if name.startswith("sparsity/")}
+    layers = {name for name in summary if name.startswith("weights/sparsity/")}
     assert len(layers) == 21
     results = {k: v for k, v in record.items() if k not in config and k != "run_id"}
     assert {k: v for k, v in summary.items() if k not in layers} | {"reason": None} == results

@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from matplotlib.collections import PathCollection
+from matplotlib.collections import PathCollection, QuadMesh
 from matplotlib.contour import ContourSet
 
 from figures.made_up import adamw, experiment, grid, run
@@ -14,8 +14,20 @@ def panels(fig):
     return [ax for ax in fig.axes if ax.get_title()]
 
 
-def contours(ax, *, filled):
-    return [c for c in ax.collections if isinstance(c, ContourSet) and c.filled == filled]
+def lines_of(ax):
+    return [c for c in ax.collections if isinstance(c, ContourSet)]
+
+
+def cells(ax):
+    """What is coloured: (left, right, bottom, top) in log10 -> accuracy."""
+    found = {}
+    for mesh in (c for c in ax.collections if isinstance(c, QuadMesh)):
+        corners, values = mesh.get_coordinates(), np.ma.masked_invalid(mesh.get_array())
+        for i, j in np.argwhere(~np.ma.getmaskarray(values)):
+            (left, bottom), (right, top) = corners[i, j], corners[i + 1, j + 1]
+            edges = tuple(round(float(edge), 6) for edge in (left, right, bottom, top))
+            found[edges] = float(values[i, j])
+    return found
 
 
 def points(ax, label):
@@ -55,7 +67,7 @@ def test_runs_are_marked_where_they_are(contour):
 
 
 def test_white_lines_are_the_sparsities_within_reach(contour):
-    (lines,) = contours(panels(contour)[0], filled=False)
+    (lines,) = lines_of(panels(contour)[0])
     assert list(lines.levels) == [0.01, 0.2, 0.4]  # the sparsest run has 0.7
     assert (lines.get_edgecolor()[:, :3] == 1).all()
 
@@ -66,7 +78,7 @@ def test_sparsity_line_lies_where_interpolation_puts_it():
         for lambda_p, s in ((1e-4, 0.0), (1e-2, 0.8))
         for lr in (1e-3, 1e-2)
     ]
-    (lines,) = contours(panels(contour_figure(experiment(rows)))[0], filled=False)
+    (lines,) = lines_of(panels(contour_figure(experiment(rows)))[0])
     at_04 = lines.allsegs[list(lines.levels).index(0.4)][0]
     assert at_04[:, 0] == pytest.approx(-3)
 
@@ -77,38 +89,81 @@ def test_labels_name_the_sparsities(contour):
     assert {"0.2", "0.4"} <= {text.get_text() for text in first.texts}
 
 
+def test_there_are_lines_at_the_high_sparsities():
+    rows = [
+        run(lambda_p=lambda_p, lr=lr, sparsity=s)
+        for lambda_p, s in ((1e-4, 0.5), (1e-2, 1.0))
+        for lr in (1e-3, 1e-2)
+    ]
+    (lines,) = lines_of(panels(contour_figure(experiment(rows)))[0])
+    at = {level: lines.allsegs[i][0][:, 0] for i, level in enumerate(lines.levels)}
+    assert list(at) == [0.8, 0.9, 0.99]
+    assert at[0.9] == pytest.approx(-4 + 2 * 0.8)
+
+
 @pytest.mark.parametrize("skip", [(), [(2, 1)]], ids=["complete grid", "ragged grid"])
-def test_colour_covers_the_runs_and_nothing_beyond(skip):
+def test_a_cell_is_a_run_and_there_are_no_others(skip):
     ax = panels(contour_figure(experiment(grid(skip=skip))))[0]
-    (areas,) = contours(ax, filled=True)
+    expected = {
+        (x - 0.5, x + 0.5, y - 0.5, y + 0.5): 95.0 - i - j / 2
+        for i, x in enumerate((-4, -3, -2))
+        for j, y in enumerate((-3, -2))
+        if (i, j) not in skip
+    }
+    assert cells(ax) == expected
 
-    def is_filled(x, y):
-        return any(path.contains_point((x, y)) for path in areas.get_paths())
 
-    assert is_filled(-3.6, -2.7)
-    assert is_filled(-2.1, -2.1) == (not skip)
-    assert not is_filled(-4.05, -2.5)
-    assert not is_filled(-3.5, -1.95)
+def test_lines_end_where_a_run_is_missing():
+    lambdas = [10.0**k for k in (-4, -3, -2, -1)]
+    whole, ragged = (
+        panels(contour_figure(experiment(grid(lambdas=lambdas, skip=skip))))[0]
+        for skip in ([], [(3, 1)])
+    )
+
+    def reach(ax, level):
+        (lines,) = lines_of(ax)
+        return np.concatenate(lines.allsegs[list(lines.levels).index(level)])[:, 1].max()
+
+    assert reach(whole, 0.8) == pytest.approx(-2)
+    assert reach(ragged, 0.8) == pytest.approx(-2.5)  # on the diagonal between two runs
+
+
+def test_panels_have_the_same_axes_which_hold_every_cell():
+    rows = [*grid(0.5), *grid(1.0, lambdas=(1e-2, 1e-1, 1.0), lrs=(1e-4, 1e-3))]
+    drawn = panels(contour_figure(experiment(rows)))
+    assert len({(ax.get_xlim(), ax.get_ylim()) for ax in drawn}) == 1
+    for ax in drawn:
+        (left, right), (bottom, top) = ax.get_xlim(), ax.get_ylim()
+        assert left < -4.5
+        assert right > 0.5
+        assert bottom < -4.5
+        assert top > -1.5
+    labelled = [[ax.yaxis.get_major_ticks()[0].label1.get_visible() for ax in drawn]]
+    assert labelled == [[True, False]]
 
 
 def test_colours_of_all_panels_are_one_scale(contour):
-    areas = [contours(ax, filled=True) for ax in panels(contour)]
-    levels = [tuple(area.levels) for panel in areas for area in panel]
-    assert len(levels) == 3  # AdamW's two runs span no area
-    assert len(set(levels)) == 1
-    assert levels[0][0] <= 92.5
-    assert levels[0][-1] >= 95
+    meshes = [c for ax in panels(contour) for c in ax.collections if isinstance(c, QuadMesh)]
+    assert len(meshes) == 4
+    assert {tuple(mesh.norm.boundaries) for mesh in meshes} == {(91, 93, 94, 95, 96)}
 
 
-@pytest.mark.parametrize("accuracy", [10.0, 92.0])
-def test_colour_bar_is_open_below_only_where_runs_collapsed(accuracy):
-    rows = [*grid(skip=[(2, 1)]), run(lambda_p=1e-2, lr=1e-2, accuracy=accuracy, sparsity=0.9)]
+@pytest.mark.parametrize(
+    ("lowest", "steps", "extend"),
+    [
+        (93.5, [93, 94, 95, 96], "neither"),
+        (80.0, [76, 86, 91, 93, 94, 95, 96], "neither"),
+        (10.0, [56, 76, 86, 91, 93, 94, 95, 96], "min"),
+    ],
+)
+def test_colours_reach_down_as_far_as_accuracy_falls(lowest, steps, extend):
+    rows = [*grid(skip=[(2, 1)]), run(lambda_p=1e-2, lr=1e-2, accuracy=lowest, sparsity=0.9)]
     fig = contour_figure(experiment(rows))
-    (areas,) = contours(panels(fig)[0], filled=True)
-    assert areas.extend == ("min" if accuracy == 10 else "neither")
-    assert areas.norm.extend == areas.extend
-    assert areas.levels[0] >= 80
+    (mesh,) = [c for c in panels(fig)[0].collections if isinstance(c, QuadMesh)]
+    assert (list(mesh.norm.boundaries), mesh.norm.extend) == (steps, extend)
     assert bar(fig).get_ylabel() == "validation accuracy (%)"
+    shown = mesh.to_rgba(np.array([95.0, 94.0, 93.0, lowest]))
+    assert len({tuple(color) for color in shown}) == (4 if lowest < 93 else 3)
 
 
 @pytest.mark.parametrize(
@@ -117,13 +172,19 @@ def test_colour_bar_is_open_below_only_where_runs_collapsed(accuracy):
         [run()],
         [run(lambda_p=1e-3), run(lambda_p=1e-2)],
         grid(lrs=(1e-3,)),
-        [run(lambda_p=10.0**k, lr=10.0**k, accuracy=90 + k, sparsity=0.1) for k in (-4, -3, -2)],
     ],
-    ids=["one", "two", "one lr", "a diagonal"],
+    ids=["one", "two", "one lr"],
 )
-def test_runs_that_span_no_area_are_coloured_dots(rows):
+def test_runs_in_a_row_are_cells_without_lines(rows):
     ax = panels(contour_figure(experiment(rows)))[0]
-    assert contours(ax, filled=True) == []
+    assert len(cells(ax)) == len(rows)
+    assert lines_of(ax) == []
+
+
+def test_runs_on_a_diagonal_are_coloured_circles():
+    rows = [run(lambda_p=10.0**k, lr=10.0**k, accuracy=90 + k, sparsity=0.1) for k in (-4, -3, -2)]
+    ax = panels(contour_figure(experiment(rows)))[0]
+    assert cells(ax) == {}
     (dots,) = [c for c in ax.collections if c.get_label() == "runs"]
     assert len(dots.get_offsets()) == len(rows)
     assert np.ma.allclose(dots.get_array(), [row["val_accuracy"] for row in rows])
@@ -132,8 +193,8 @@ def test_runs_that_span_no_area_are_coloured_dots(rows):
 def test_runs_that_are_alike_look_alike():
     rows = [run(lambda_p=1e-3, accuracy=90.0), run(lambda_p=1e-2, accuracy=90.0 + 1e-9)]
     ax = panels(contour_figure(experiment(rows)))[0]
-    (dots,) = [c for c in ax.collections if c.get_label() == "runs"]
-    first, second = dots.to_rgba(dots.get_array())
+    (mesh,) = [c for c in ax.collections if isinstance(c, QuadMesh)]
+    first, second = mesh.to_rgba(mesh.get_array())[0]
     assert (first == second).all()
 
 
@@ -184,7 +245,7 @@ def test_runs_beside_the_grid_are_coloured_dots_and_bend_no_line(lambda_p, lr):
     assert np.concatenate([found.get_offsets() for found in dots]).tolist() == [
         pytest.approx([np.log10(lambda_p), np.log10(lr)])
     ]
-    (straight,), (same,) = (contours(ax, filled=False) for ax in (whole, more))
+    (straight,), (same,) = (lines_of(ax) for ax in (whole, more))
     for before, after in zip(straight.allsegs, same.allsegs, strict=True):
         assert np.allclose(np.concatenate(before), np.concatenate(after))
 

@@ -47,7 +47,7 @@ def test_the_workspace_names_what_a_run_has_logged(run_program, tmp_path):
     assert {"val/accuracy", "weights/sparsity"} <= curves <= logged["keys"]
     (layers,) = (line["metricRegex"] for line in lines if "metricRegex" in line)
     assert {key for key in logged["keys"] if re.search(layers, key)} == {
-        key for key in logged["keys"] if key.startswith("sparsity/")
+        key for key in logged["keys"] if key.startswith("weights/sparsity/")
     }
     assert any(re.search(layers, key) for key in logged["keys"])
     assert {line["groupBy"] for line in lines if "groupBy" in line} == {"method.value", "group"}

@@ -73,9 +73,13 @@ def test_the_summary_is_the_record_and_not_the_last_row(tmp_path):
         log.summarise({"run_id": "abc", "p": 0.5, "lr": 0.1, "val_accuracy": 41.0, "seconds": 9.0})
     found = read_wandb(tmp_path)
     assert found.pop("keys") == {"train/lr", "train/seconds", "val/accuracy", "weights/log10_abs",
-                                 "sparsity/0.weight"}  # fmt: skip
+                                 "weights/sparsity/0.weight"}  # fmt: skip
     assert found["config"] == {"p": 0.5, "lr": 0.1}
-    assert found["summary"] == {"val_accuracy": 41.0, "seconds": 9.0, "sparsity/0.weight": 1}
+    assert found["summary"] == {
+        "val_accuracy": 41.0,
+        "seconds": 9.0,
+        "weights/sparsity/0.weight": 1,
+    }
     assert found["group"] == "a group"
 
 

@@ -14,18 +14,21 @@ from matplotlib.colors import BoundaryNorm, ListedColormap
 from matplotlib.contour import ContourSet
 from matplotlib.figure import Figure
 from matplotlib.patheffects import withStroke
-from matplotlib.ticker import FixedLocator, MaxNLocator
-from matplotlib.tri import Triangulation
+from matplotlib.ticker import FixedLocator
 from numpy.typing import NDArray
 
 from pnorm_decay import selection
 from pnorm_decay.figures.loading import Experiment, average_seeds, by_p
-from pnorm_decay.figures.style import WIDTH, accuracy_floor, finish, styled
+from pnorm_decay.figures.style import WIDTH, finish, styled
 
-SPARSITY_LEVELS = (0.01, 0.2, 0.4, 0.8)
+SPARSITY_LEVELS = (0.01, 0.2, 0.4, 0.8, 0.9, 0.99)
 
-# Accuracies below this share of the best one have one colour.
-COLLAPSED = 0.9
+# Where a colour ends, in percentage points below the best accuracy: fine where networks are of use,
+# coarse where they are not, so that neither is one field.
+DROPS = (0, 1, 2, 3, 5, 10, 20, 40)
+
+# Of a cell whose run has no neighbour, in decades.
+LONE_CELL = 0.5
 
 # In units of a panel's width or height: about the length of a label.
 SHORTEST_LABELLED = 0.18
@@ -77,10 +80,10 @@ def planes(experiment: Experiment) -> list[Plane]:
 def contour_figure(experiment: Experiment) -> Figure:
     """Draws Figure 4 (images) or 5 (text) of the paper.
 
-    Colour is validation accuracy, one scale for all panels, whose lower end is open where runs
-    collapsed; white lines are sparsities; dots are runs, grey crosses runs that diverged or failed.
-    Between runs the colour is interpolated in log lambda_p and log lr, and never beyond them. Runs
-    beside the grid, and a panel's whose runs do not span an area, are coloured dots.
+    A cell is a run, or the mean of its seeds: its colour is validation accuracy, one scale and the
+    same axes for all panels. White lines are sparsities, interpolated in log lambda_p and log lr
+    between neighbouring runs and nowhere else; dots are runs, grey crosses runs that diverged or
+    failed. A run beside the grid is a coloured circle.
     """
     shown = on_planes(experiment)
     panels = planes(shown)
@@ -91,6 +94,9 @@ def contour_figure(experiment: Experiment) -> Figure:
     norm = _color_scale(panels)
     for ax, plane in zip(axes.flat, panels, strict=False):
         _draw_plane(ax, plane, norm)
+    _share_axes(list(axes.flat[: len(panels)]), panels, n_columns)
+    for ax, plane in zip(axes.flat, panels, strict=False):
+        _draw_sparsity(ax, plane)
     for ax in axes.flat[len(panels) :]:
         ax.remove()
     for i, ax in enumerate(axes.flat[: len(panels)]):
@@ -101,7 +107,7 @@ def contour_figure(experiment: Experiment) -> Figure:
     if panels:
         colors = ScalarMappable(norm, _ACCURACY_COLORS)
         drawn = list(axes.flat[: len(panels)])
-        bar = fig.colorbar(colors, ax=drawn, pad=0.015, aspect=12 * n_rows)
+        bar = fig.colorbar(colors, ax=drawn, pad=0.015, aspect=12 * n_rows, ticks=norm.boundaries)
         bar.set_label("validation accuracy (%)")
     else:
         fig.text(0.5, 0.6, "no pWD run to show", ha="center")
@@ -111,7 +117,10 @@ def contour_figure(experiment: Experiment) -> Figure:
 
 def _key(experiment: Experiment, panels: list[Plane]) -> str:
     levels = ", ".join(f"{level:g}" for level in SPARSITY_LEVELS)
-    text = f"White lines: sparsity {levels}. Dots: runs. Colour between runs is interpolated."
+    text = f"A cell has the colour of the run at its dot. White lines: sparsity {levels}, "
+    text += "interpolated between runs."
+    if any(not _in_the_grid(*_place(plane.settings)).all() for plane in panels):
+        text += " Circles: runs beside the grid."
     if any(len(plane.diverged) for plane in panels):
         text += " Grey crosses: runs that diverged or failed."
     runs = experiment.runs
@@ -122,18 +131,18 @@ def _key(experiment: Experiment, panels: list[Plane]) -> str:
 
 
 def _color_scale(panels: list[Plane]) -> BoundaryNorm:
-    """About ten steps of colour for all panels, open below where runs collapsed."""
+    """The steps of colour of all panels: whole percents, ``DROPS`` below the best accuracy."""
     values = [plane.settings["val_accuracy"].to_numpy(float) for plane in panels]
     accuracy = np.concatenate([*values, np.empty(0)])
     if not len(accuracy):
         return BoundaryNorm([0, 100], _ACCURACY_COLORS.N)
-    locator = MaxNLocator(nbins=12, steps=[1, 2, 2.5, 5, 10])
-    best = float(accuracy.max())
-    # At least one per cent, lest runs that are alike should look different.
-    lowest = min(accuracy_floor(accuracy, COLLAPSED), max(best - 1, 0.0))
-    steps = np.array(locator.tick_values(lowest, max(best, 1.0)))
-    extend: Literal["min", "neither"] = "min" if accuracy.min() < steps[0] else "neither"
-    return BoundaryNorm(steps, _ACCURACY_COLORS.N, extend=extend)
+    top, lowest = min(np.floor(accuracy.max()) + 1, 100.0), accuracy.min()
+    steps = [top, top - DROPS[1]]
+    for drop in DROPS[2:]:
+        if steps[-1] > lowest and top - drop >= 0:
+            steps.append(top - drop)
+    extend: Literal["min", "neither"] = "min" if lowest < steps[-1] else "neither"
+    return BoundaryNorm(steps[::-1], _ACCURACY_COLORS.N, extend=extend)
 
 
 def _draw_plane(ax: Axes, plane: Plane, norm: BoundaryNorm) -> None:
@@ -144,21 +153,17 @@ def _draw_plane(ax: Axes, plane: Plane, norm: BoundaryNorm) -> None:
     best = f"best {chosen.iloc[0]:.1f}%" if len(chosen) else "all diverged"
     ax.set_title(f"{plane.title}, {best}", pad=4)
     ax.spines[["top", "right"]].set_visible(True)
-    _log_axis(ax, "x", np.append(x, crossed_x))
-    _log_axis(ax, "y", np.append(y, crossed_y))
     look: dict[str, Any] = {"norm": norm, "cmap": _ACCURACY_COLORS}
     grid = _in_the_grid(x, y)
-    if _spans_an_area(x[grid], y[grid]):
-        _fill(ax, x[grid], y[grid], accuracy[grid],
-              levels=norm.boundaries, extend=norm.extend, **look)  # fmt: skip
+    if grid.any():
+        columns, rows, cells = _cells(x[grid], y[grid], accuracy[grid])
+        # Without an edge of its own colour, hairlines show between cells.
+        ax.pcolormesh(_edges(columns), _edges(rows), cells,
+                      edgecolor="face", linewidth=0.3, **look)  # fmt: skip
         ax.plot(x[grid], y[grid], "o", color="black", markersize=1.6, markeredgewidth=0,
                 label="runs")  # fmt: skip
-        sparsity = plane.settings["sparsity"].to_numpy(dtype=float)
-        _draw_sparsity(ax, x[grid], y[grid], sparsity[grid])
-    else:
-        grid[:] = False
-    ax.scatter(x[~grid], y[~grid], c=accuracy[~grid], s=28, edgecolors="black", linewidths=0.4,
-               label="runs", **look)  # fmt: skip
+    ax.scatter(x[~grid], y[~grid], c=accuracy[~grid], s=24, edgecolors="black", linewidths=0.6,
+               label="runs", zorder=3, **look)  # fmt: skip
     crosses = ax.plot(crossed_x, crossed_y, "x", color="#707070", markersize=4.5, label="diverged")
     crosses[0].set_path_effects([withStroke(linewidth=2.2, foreground="white")])
 
@@ -169,34 +174,50 @@ def _place(runs: pd.DataFrame) -> tuple[Array, Array]:
 
 
 def _in_the_grid(x: Array, y: Array) -> NDArray[np.bool_]:
-    """Which points lie in columns and rows that are at least half full.
+    """Which points lie in a column and a row of several, or of half of all.
 
-    The others lie beside the grid: triangles out to them would be long, and their contours wrong.
+    The others lie beside the grid: a column of their own would make narrow cells of their
+    neighbours, and holes beside them.
     """
     inside = np.full(len(x), True)
     while True:
         in_column = ((x[:, None] == x) & inside).sum(axis=1)
         in_row = ((y[:, None] == y) & inside).sum(axis=1)
         columns, rows = len(np.unique(x[inside])), len(np.unique(y[inside]))
-        full = inside & (2 * in_column >= rows) & (2 * in_row >= columns)
-        if (full == inside).all():
+        enough = inside & (in_column >= min(2, rows / 2)) & (in_row >= min(2, columns / 2))
+        if (enough == inside).all():
             return inside
-        inside = full
+        inside = enough
 
 
-def _spans_an_area(x: Array, y: Array) -> bool:
-    """Whether the points have three among them that do not lie on a line."""
-    if len(x) < 3:
-        return False
-    centred = np.column_stack([x - x.mean(), y - y.mean()])
-    return int(np.linalg.matrix_rank(centred, tol=1e-6)) == 2
+def _cells(x: Array, y: Array, z: Array) -> tuple[Array, Array, np.ma.MaskedArray[Any, Any]]:
+    """Points as columns, rows and a matrix of shape (rows, columns), masked where there is none."""
+    columns, rows = np.unique(x), np.unique(y)
+    cells = np.full((len(rows), len(columns)), np.nan)
+    cells[np.searchsorted(rows, y), np.searchsorted(columns, x)] = z
+    return columns, rows, np.ma.masked_invalid(cells)
 
 
-def _draw_sparsity(ax: Axes, x: Array, y: Array, sparsity: Array) -> None:
+def _edges(centres: Array) -> Array:
+    """Where cells end: halfway between their rising centres, and as far beyond the outer ones."""
+    if len(centres) == 1:
+        return centres[0] + LONE_CELL / 2 * np.array([-1.0, 1.0])
+    between = (centres[1:] + centres[:-1]) / 2
+    return np.concatenate([[2 * centres[0] - between[0]], between, [2 * centres[-1] - between[-1]]])
+
+
+def _draw_sparsity(ax: Axes, plane: Plane) -> None:
+    x, y = _place(plane.settings)
+    grid = _in_the_grid(x, y)
+    columns, rows, sparsity = _cells(
+        x[grid], y[grid], plane.settings["sparsity"].to_numpy(float)[grid]
+    )
+    if min(sparsity.shape) < 2:
+        return
     levels = [s for s in SPARSITY_LEVELS if sparsity.min() < s < sparsity.max()]
     if not levels:
         return
-    lines = _lines(ax, x, y, sparsity, levels=levels, colors="white", linewidths=1.0)
+    lines = ax.contour(columns, rows, sparsity, levels=levels, colors="white", linewidths=1.0)
     places = _label_places(ax, lines)
     labels = ax.clabel(lines, fmt="%g", fontsize=6.5, inline_spacing=2, manual=places)
     # White alone would be lost on the lightest colours.
@@ -241,56 +262,34 @@ def _room(point: Array, taken: list[Array]) -> float:
     return min([to_edge, *(float(np.hypot(*(point - other))) for other in taken)])
 
 
-def _fill(ax: Axes, x: Array, y: Array, z: Array, **style: Any) -> ContourSet:
-    """Filled contours between scattered points."""
-    areas: ContourSet
-    if (grid := _grid(x, y, z)) is not None:
-        areas = ax.contourf(*grid, **style)
-    else:
-        areas = ax.tricontourf(_triangulation(x, y), z, **style)
-    # Without an edge of its own colour, hairlines show between areas; snapped to pixels, areas do
-    # not meet.
-    areas.set(edgecolor="face", linewidth=0.4, antialiased=True, snap=False)
-    return areas
+def _share_axes(drawn: list[Axes], panels: list[Plane], n_columns: int) -> None:
+    """Gives all panels the same axes, wide enough for every cell, and labels the outer ones."""
+    for which, number in (("x", 0), ("y", 1)):
+        exponents, ends = [], []
+        for plane in panels:
+            places = _place(plane.settings)
+            own, crossed = places[number], _place(plane.diverged)[number]
+            exponents += [own, crossed]
+            grid = _in_the_grid(*places)
+            ends += [own, crossed, _edges(np.unique(own[grid])) if grid.any() else own]
+        for i, ax in enumerate(drawn):
+            outer = i % n_columns == 0 if which == "y" else i + n_columns >= len(drawn)
+            _log_axis(ax, which, np.concatenate(exponents), np.concatenate(ends), outer)  # type: ignore[arg-type]
 
 
-def _lines(ax: Axes, x: Array, y: Array, z: Array, **style: Any) -> ContourSet:
-    """Contour lines between scattered points."""
-    if (grid := _grid(x, y, z)) is not None:
-        return ax.contour(*grid, **style)
-    return ax.tricontour(_triangulation(x, y), z, **style)
-
-
-def _grid(x: Array, y: Array, z: Array) -> tuple[Array, Array, Array] | None:
-    """The points as columns, rows and a matrix; None unless every cell is there."""
-    columns, rows = np.unique(x), np.unique(y)
-    if len(z) != len(columns) * len(rows):
-        return None
-    grid = np.empty((len(rows), len(columns)))
-    grid[np.searchsorted(rows, y), np.searchsorted(columns, x)] = z
-    return columns, rows, grid
-
-
-def _triangulation(x: Array, y: Array) -> Triangulation:
-    """Triangles between the points, which end at their convex hull.
-
-    They are chosen with both axes at one scale, so that a narrow range of one makes no slivers.
-    """
-    triangles = Triangulation((x - x.min()) / np.ptp(x), (y - y.min()) / np.ptp(y)).triangles
-    return Triangulation(x, y, triangles)
-
-
-def _log_axis(ax: Axes, which: Literal["x", "y"], exponents: Array) -> None:
+def _log_axis(
+    ax: Axes, which: Literal["x", "y"], exponents: Array, ends: Array, labelled: bool
+) -> None:
     """Labels an axis that holds log10 of a value with the value.
 
-    Contours are interpolated in the logarithm, so the axis is linear in it and its ticks are ours:
+    Sparsity is interpolated in the logarithm, so the axis is linear in it and its ticks are ours:
     powers of ten where two of them are in range, else up to three of the values run.
     """
     axis = ax.xaxis if which == "x" else ax.yaxis
-    low, high = float(exponents.min()), float(exponents.max())
-    margin = 0.07 * (high - low) or 0.2
-    ax.set(**{f"{which}lim": (low - margin, high + margin)})
-    decades = np.arange(np.ceil(low - margin), np.floor(high + margin) + 1)
+    margin = 0.04 * float(np.ptp(ends)) or 0.2
+    low, high = float(ends.min()) - margin, float(ends.max()) + margin
+    ax.set(**{f"{which}lim": (low, high)})
+    decades = np.arange(np.ceil(low), np.floor(high) + 1)
     if len(decades) >= 2:
         between = np.arange(np.floor(low), np.ceil(high) + 1)[:, None] + np.log10(np.arange(2, 10))
         axis.set_minor_locator(FixedLocator(between.ravel().tolist()))
@@ -299,3 +298,4 @@ def _log_axis(ax: Axes, which: Literal["x", "y"], exponents: Array) -> None:
         values = np.unique(exponents.round(9))
         values = values[:: -(-len(values) // 3)]
         axis.set_ticks(values, [f"{10**value:.3g}" for value in values])
+    ax.tick_params(axis=which, labelleft=labelled, labelbottom=labelled)

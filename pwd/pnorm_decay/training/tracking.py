@@ -4,7 +4,7 @@
 (``sparsity/<layer>``) and the histogram of log10|w| (``log10/<lower edge of the bin>``).
 
 In W&B a run's config holds its settings, its summary what its record says of the result, and its
-history the curves: ``train/``, ``val/``, ``weights/``, and ``sparsity/<layer>``.
+history the curves: ``train/``, ``val/`` and ``weights/``, with ``weights/sparsity/<layer>``.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ CURVES = {
 }
 LONGEST_NAME = 128  # characters of a run's or a group's name that a W&B server takes
 HISTOGRAM = "weights/log10_abs"
-LAYER_PREFIX = "sparsity/"
+LAYER_PREFIX = "weights/sparsity/"
 
 Row = dict[str, Any]  # of numbers
 
@@ -144,8 +144,7 @@ class Tracker:
         layers = layer_sparsity(model)
         counts, edges = log_weight_histogram(model)
         weights: Row = {"step": row["step"]}
-        sparsities = {f"{LAYER_PREFIX}{name}": value for name, value in layers.items()}
-        weights |= sparsities
+        weights |= {f"sparsity/{name}": value for name, value in layers.items()}
         weights |= {
             f"log10/{edge:g}": count
             for edge, count in zip(edges[:-1], counts.tolist(), strict=True)
@@ -161,8 +160,9 @@ class Tracker:
         import wandb
 
         curves = {CURVES[name]: value for name, value in row.items() if name in CURVES}
+        curves |= {f"{LAYER_PREFIX}{name}": value for name, value in layers.items()}
         histogram = wandb.Histogram(np_histogram=(counts, edges))
-        self._wandb.log({**curves, **sparsities, HISTOGRAM: histogram}, step=int(row["step"]))
+        self._wandb.log({**curves, HISTOGRAM: histogram}, step=int(row["step"]))
         self.summarise(row)
 
     def summarise(self, record: Mapping[str, Any]) -> None:
