@@ -557,18 +557,6 @@ def cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def workers() -> int:
-    """How many runs of a sweep this machine does beside each other: one a GPU, else one a core.
-
-    Measured on CPUs by `make bench-sweep`: single-threaded runs beside each other get more done
-    than one run with all threads.
-    """
-    return torch.cuda.device_count() or cores()
-
-
-OmegaConf.register_new_resolver("workers", workers, replace=True)  # for configs/hydra/launcher
-
-
 def bf16_is_fast(device: torch.device) -> bool:
     """Whether the device multiplies bf16 matrices in hardware.
 

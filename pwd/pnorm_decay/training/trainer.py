@@ -156,13 +156,19 @@ class Training:
         inputs, targets = self.data.train_batch(self.step, self.settings.batch_size, self.seed)
         return in_memory_format(inputs[share], self.settings.channels_last), targets[share]
 
+    def loss_and_gradients(self, inputs: Tensor, targets: Tensor) -> Tensor:
+        """The forward and the backward pass: the loss, and new gradients in the parameters."""
+        loss = cross_entropy(self.model(inputs), targets)
+        self.accelerator.backward(loss)
+        return loss.detach()
+
     def advance(self, loss: Tensor) -> None:
         """Notes what the step just taken was like, and moves the schedules on."""
         self.lr = float(self.optimizer.param_groups[0]["lr"])
         self.lambda_p = self.optimizer.param_groups[0].get("lambda_p")
         for scheduler in self.schedulers:
             scheduler.step()
-        self.loss_sum += loss.detach()
+        self.loss_sum += loss
         self.step += 1
 
     def evaluated(self) -> Row:
@@ -272,8 +278,7 @@ def train(run: Training, run_dir: Path, tracker: Tracker) -> Outcome:
     Raises:
         Stopped: the process was asked to stop, and the state is saved.
     """
-    accelerator, method, optimizer = run.accelerator, run.method, run.optimizer
-    clip_grad_norm = run.settings.clip_grad_norm
+    accelerator, method = run.accelerator, run.method
     path = run_dir / checkpoint.CHECKPOINT_FILE
     run.load(path, tracker)
     run.model.train()
@@ -291,16 +296,7 @@ def train(run: Training, run_dir: Path, tracker: Tracker) -> Outcome:
             if run.step == run.steps:
                 break
 
-            inputs, targets = run.batch()
-            loss = cross_entropy(run.model(inputs), targets)
-            accelerator.backward(loss)
-            method.before_step(run.step)
-            if clip_grad_norm is not None:
-                accelerator.clip_grad_norm_(run.model.parameters(), clip_grad_norm)
-            optimizer.step()
-            method.after_step(run.step)
-            optimizer.zero_grad()
-            run.advance(loss)
+            take_step(run)
             bar.update(task, completed=run.step)
 
             due = time.monotonic() - saved > 60 * run.settings.checkpoint_minutes
@@ -311,6 +307,19 @@ def train(run: Training, run_dir: Path, tracker: Tracker) -> Outcome:
             if stop:
                 raise stopping.Stopped
     return run.outcome(tracker.history)
+
+
+def take_step(run: Training) -> None:
+    """One step of training; nothing in it waits for a GPU."""
+    inputs, targets = run.batch()
+    loss = run.loss_and_gradients(inputs, targets)
+    run.method.before_step(run.step)
+    if run.settings.clip_grad_norm is not None:
+        run.accelerator.clip_grad_norm_(run.model.parameters(), run.settings.clip_grad_norm)
+    run.optimizer.step()
+    run.method.after_step(run.step)
+    run.optimizer.zero_grad()
+    run.advance(loss)
 
 
 def seed_process(seed: int, process: int) -> None:
