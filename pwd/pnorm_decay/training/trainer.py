@@ -30,6 +30,7 @@ from pnorm_decay.training.evaluation import (
     other_accuracies,
     training_loss,
 )
+from pnorm_decay.training.graphs import GraphedPasses, Passes, check_graphs
 from pnorm_decay.training.machine import (
     check_channels_last,
     check_share,
@@ -132,6 +133,11 @@ class Training:
             self._parts[f"scheduler_{number}"] = scheduler
         if accelerator.scaler is not None:
             self._parts["scaler"] = accelerator.scaler
+
+        self.passes: Passes = self.loss_and_gradients
+        if self.settings.cuda_graphs:
+            check_graphs(accelerator)
+            self.passes = GraphedPasses(self.loss_and_gradients, self.optimizer.zero_grad)
 
         self.step = self.last_evaluation = 0
         self.lr = math.nan
@@ -312,13 +318,14 @@ def train(run: Training, run_dir: Path, tracker: Tracker) -> Outcome:
 def take_step(run: Training) -> None:
     """One step of training; nothing in it waits for a GPU."""
     inputs, targets = run.batch()
-    loss = run.loss_and_gradients(inputs, targets)
+    loss = run.passes(inputs, targets)
     run.method.before_step(run.step)
     if run.settings.clip_grad_norm is not None:
         run.accelerator.clip_grad_norm_(run.model.parameters(), run.settings.clip_grad_norm)
     run.optimizer.step()
     run.method.after_step(run.step)
-    run.optimizer.zero_grad()
+    if not run.settings.cuda_graphs:  # which write the gradients where they were, anew
+        run.optimizer.zero_grad()
     run.advance(loss)
 
 
