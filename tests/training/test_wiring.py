@@ -287,11 +287,21 @@ def cut_off(monkeypatch, run_program, tmp_path, overrides, after: int = 4) -> Pa
     ],
     ids=["dropout", "bf16", "magnitude", "target"],
 )
-def test_a_text_run_with_dropout_goes_on_exactly(train, run_program, tmp_path, monkeypatch, method):
+def test_a_text_run_with_dropout_goes_on_exactly(
+    train, run_program, tmp_path, monkeypatch, method, device
+):
     arguments = [*TEXT, *method, "model.dropout=0.3", "trainer.checkpoint_minutes=1e-9"]
-    whole = train(*arguments)
-    cut_off(monkeypatch, run_program, tmp_path, arguments)
-    resumed = train(*arguments, name="cut")
+    arguments.append(f"trainer.device={device}")
+    if device.type == "cuda":  # where some operations add in any order unless told otherwise
+        monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        monkeypatch.setattr(torch.backends.cudnn, "benchmark", False)
+        torch.use_deterministic_algorithms(True, warn_only=True)
+    try:
+        whole = train(*arguments)
+        cut_off(monkeypatch, run_program, tmp_path, arguments)
+        resumed = train(*arguments, name="cut")
+    finally:
+        torch.use_deterministic_algorithms(False)
     timing = {"seconds", "finished_at"}
     for key in whole.record.keys() - timing:
         assert resumed.record[key] == whole.record[key], key
