@@ -133,7 +133,7 @@ def main() -> None:
     parser.add_argument(
         "--workers",
         type=int,
-        help="runs beside each other (default: one a GPU or, without one, one a core)",
+        help="runs beside each other (default: measured on GPUs or, without one, one a core)",
     )
     what = parser.add_mutually_exclusive_group()
     what.add_argument(

@@ -332,11 +332,12 @@ class Hour:
         return [name for name in EXPERIMENTS if name not in self.state["missing_data"]]
 
     def test(self) -> None:
-        """The tests that are marked `cuda`."""
+        """The tests that are marked `cuda`, as those are that take each `device` in turn."""
+        marking = re.compile(r"\bmark\.cuda\b|def test_\w+\([^)]*\bdevice\b")
         marked = [
             str(path.relative_to(REPOSITORY))
             for path in sorted((REPOSITORY / "tests").rglob("test_*.py"))
-            if re.search(r"\bmark\.cuda\b", path.read_text(encoding="utf-8"))
+            if marking.search(path.read_text(encoding="utf-8"))
         ]
         if not marked:
             self.state["stages"]["tests"] = {"status": "done", "seconds": 0.0, "note": "no tests"}

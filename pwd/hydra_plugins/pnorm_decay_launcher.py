@@ -14,11 +14,14 @@ class BesideLauncher(Launcher):
     """Does the runs of a sweep beside each other, in processes of their own.
 
     Args:
-        n_jobs: how many at a time; -1: one a core.
+        n_jobs: how many at a time; -1: one a core; None: `runs_per_gpu` on each GPU or, without
+            one, one a core.
+        runs_per_gpu: how many share a GPU, or "auto": a short measurement tells.
     """
 
-    def __init__(self, n_jobs: int = -1) -> None:
+    def __init__(self, n_jobs: int | None = None, runs_per_gpu: int | str = "auto") -> None:
         self.n_jobs = n_jobs
+        self.runs_per_gpu = runs_per_gpu
 
     def setup(
         self, *, hydra_context: HydraContext, task_function: TaskFunction, config: DictConfig
@@ -36,4 +39,4 @@ class BesideLauncher(Launcher):
 
         total = initial_job_idx + len(job_overrides)
         sweep = Sweep(self.hydra_context, self.task_function, self.config, total)
-        return launch(sweep, job_overrides, initial_job_idx, self.n_jobs)
+        return launch(sweep, job_overrides, initial_job_idx, self.n_jobs, self.runs_per_gpu)

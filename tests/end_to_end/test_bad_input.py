@@ -267,7 +267,7 @@ def test_the_runs_beside_each_other_are_a_number(run_program, tmp_path, number):
     sweep = ["-m", DIGITS, f"runs_dir={tmp_path}", "seed=0,1", f"hydra.launcher.n_jobs={number}"]
     done = run_program(TRAIN, *sweep)
     shown = {"true": "True", "null": "None"}.get(number, number)
-    assert_is_one_line(done, f"hydra.launcher.n_jobs={shown}: must be -1 or a whole number")
+    assert_is_one_line(done, f"hydra.launcher.n_jobs={shown}: must be null, -1 or a whole number")
 
 
 def test_a_sweep_tries_a_logger_that_cannot_be_used_once(run_program, tmp_path, monkeypatch):

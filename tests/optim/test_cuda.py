@@ -50,7 +50,8 @@ def test_every_step_is_that_of_the_reference_on_a_cpu(
     device: torch.device, cls: Any, options: dict[str, Any], dtype: torch.dtype
 ) -> None:
     """Where the reference is held to the float64 oracle, for more values than a CPU has here."""
-    exponents = EXPONENTS if device.type == "cuda" else EXPONENTS[2:3]
+    exponents = EXPONENTS if dtype.itemsize > 2 else EXPONENTS[1:4]  # the time is short
+    exponents = exponents if device.type == "cuda" else [0.8]
     with warnings.catch_warnings():
         warnings.simplefilter("error")  # the kernel is there, and right
         assert native.kernel(indexed(device), dtype) is not None

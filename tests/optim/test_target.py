@@ -33,11 +33,12 @@ IMAGES, LABELS = digits()
 def train(
     model: nn.Module, optimizer: Any, target: TargetSparsity, steps: int, begin: int = 0
 ) -> None:
+    images, labels = (x.to(next(model.parameters()).device) for x in (IMAGES, LABELS))
     for step in range(begin, steps):
         generator = torch.Generator().manual_seed(step)
         batch = torch.randint(len(IMAGES), (64,), generator=generator)
         optimizer.zero_grad()
-        nn.functional.cross_entropy(model(IMAGES[batch]), LABELS[batch]).backward()
+        nn.functional.cross_entropy(model(images[batch]), labels[batch]).backward()
         optimizer.step()
         target.step()
 
@@ -113,9 +114,9 @@ def test_what_lambda_p_was_given_does_not_matter_but_for_the_ratios() -> None:
 
 
 @pytest.mark.parametrize("stop", [1, 37, 150])
-def test_a_resumed_run_is_the_uninterrupted_one(stop: int) -> None:
+def test_a_resumed_run_is_the_uninterrupted_one(device: torch.device, stop: int) -> None:
     def begin() -> tuple[nn.Module, Any, TargetSparsity]:
-        model = network()
+        model = network().to(device)
         optimizer = AdamPWD(param_groups(model, p=0.8, lambda_p=1.0), lr=1e-2)
         return model, optimizer, TargetSparsity(optimizer, 0.9, steps=200, interval=3)
 

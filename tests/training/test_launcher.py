@@ -23,10 +23,12 @@ TRAIN = REPOSITORY / "experiments" / "train.py"
 class Started:
     """A sweep of runs that wait, on two processes, in a group of its own."""
 
-    def __init__(self, folder: Path, seeds: str, program: Path = WAITING) -> None:
+    def __init__(
+        self, folder: Path, seeds: str, program: Path = WAITING, at_once: str = "n_jobs=2"
+    ) -> None:
         self.runs, self.log = folder / "runs", folder / "log"
         command = [sys.executable, str(program), "-m", f"runs_dir={self.runs}", f"seed={seeds}"]
-        command += [f"results_dir={folder}", "logger=none", "hydra.launcher.n_jobs=2"]
+        command += [f"results_dir={folder}", "logger=none", f"hydra.launcher.{at_once}"]
         with self.log.open("wb") as log:
             self.main = subprocess.Popen(command, stdout=log, stderr=log, start_new_session=True)
 
@@ -59,8 +61,8 @@ def wait_for_end(*pids: int) -> None:
 def start(tmp_path) -> Iterator[type[Started]]:
     started: list[Started] = []
 
-    def start(seeds: str, program: Path = WAITING) -> Started:
-        started.append(Started(tmp_path, seeds, program))
+    def start(seeds: str, program: Path = WAITING, at_once: str = "n_jobs=2") -> Started:
+        started.append(Started(tmp_path, seeds, program, at_once))
         return started[-1]
 
     yield start
@@ -163,3 +165,29 @@ def test_ctrl_c_before_anything_has_begun_is_quiet(start, monkeypatch):
     code, log = sweep.end()
     assert code == -signal.SIGINT
     assert "Traceback" not in log
+
+
+@pytest.mark.parametrize(("setting", "at_once"), [("runs_per_gpu=auto", 4), ("runs_per_gpu=3", 6)])
+def test_runs_share_a_gpu_as_measured_or_as_asked_for(start, monkeypatch, setting, at_once):
+    monkeypatch.setenv("PRETENDED_GPUS", "2")
+    sweep = start("0,1,2,3,4,5,6", at_once=setting)
+    for seed in range(7):
+        pid = sweep.process(seed)
+        while not (told := (sweep.runs / f"{seed}.{pid}").read_text()):
+            time.sleep(0.01)
+        assert told == str(at_once)
+        sweep.let(seed)
+    code, log = sweep.end()
+    assert code == 0, log
+    assert ("2 runs share a GPU: one takes 0.0 GiB and 50 % of its time" in log) == (
+        setting == "runs_per_gpu=auto"
+    )
+
+
+def test_a_bad_number_of_runs_is_one_line(start):
+    sweep = start("0,1", TRAIN, at_once="runs_per_gpu=0")
+    code, log = sweep.end()
+    assert code == 2
+    assert log == (
+        "error: hydra.launcher.runs_per_gpu=0: must be auto or a whole number of at least 1\n"
+    )

@@ -88,6 +88,8 @@ def steps(monkeypatch: pytest.MonkeyPatch, run_program: Any, tmp_path: Any) -> I
         if training.accelerator.device.type == "cuda" and training.step == FIRST:
             torch.cuda.set_sync_debug_mode("error")
         if training.step == length[-1]:
+            if torch.cuda.is_available():
+                torch.cuda.set_sync_debug_mode("default")
             raise stopping.Stopped
 
     def counts(census: Any) -> list[float]:

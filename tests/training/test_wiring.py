@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import csv
-import json
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -32,31 +30,6 @@ TEXT = ["experiment=demo/nanogpt_pydoc", "trainer.steps=6", "trainer.eval_every=
 TEXT += ["trainer.threads=1", "logger=none"]
 STILL = ["optimizer=sgd", "optimizer.lr=0"]  # trains nothing
 CPU = torch.device("cpu")
-
-
-@dataclass
-class Done:
-    """A run that ended: its folder, its record, the rows of metrics.csv."""
-
-    folder: Path
-    record: dict[str, Any]
-    history: list[dict[str, float]]
-
-
-@pytest.fixture
-def train(run_program, tmp_path) -> Callable[..., Done]:
-    def train(*overrides: str, name: str = "runs") -> Done:
-        places = [f"runs_dir={tmp_path / name}", f"results_dir={tmp_path / 'results'}"]
-        done = run_program(TRAIN, *overrides, *places)
-        assert done.code == 0, done.err
-        (path,) = (tmp_path / name).glob("*/*/*/result.json")
-        with (path.parent / "metrics.csv").open() as file:
-            history = [
-                {key: float(value) for key, value in row.items()} for row in csv.DictReader(file)
-            ]
-        return Done(path.parent, json.loads(path.read_text())["record"], history)
-
-    return train
 
 
 @dataclass
@@ -314,11 +287,21 @@ def cut_off(monkeypatch, run_program, tmp_path, overrides, after: int = 4) -> Pa
     ],
     ids=["dropout", "bf16", "magnitude", "target"],
 )
-def test_a_text_run_with_dropout_goes_on_exactly(train, run_program, tmp_path, monkeypatch, method):
+def test_a_text_run_with_dropout_goes_on_exactly(
+    train, run_program, tmp_path, monkeypatch, method, device
+):
     arguments = [*TEXT, *method, "model.dropout=0.3", "trainer.checkpoint_minutes=1e-9"]
-    whole = train(*arguments)
-    cut_off(monkeypatch, run_program, tmp_path, arguments)
-    resumed = train(*arguments, name="cut")
+    arguments.append(f"trainer.device={device}")
+    if device.type == "cuda":  # where some operations add in any order unless told otherwise
+        monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        monkeypatch.setattr(torch.backends.cudnn, "benchmark", False)
+        torch.use_deterministic_algorithms(True, warn_only=True)
+    try:
+        whole = train(*arguments)
+        cut_off(monkeypatch, run_program, tmp_path, arguments)
+        resumed = train(*arguments, name="cut")
+    finally:
+        torch.use_deterministic_algorithms(False)
     timing = {"seconds", "finished_at"}
     for key in whole.record.keys() - timing:
         assert resumed.record[key] == whole.record[key], key

@@ -123,10 +123,10 @@ class AdamRule(Rule):
         if isinstance(slots[0].step, Tensor):
             counts = torch.stack([torch.as_tensor(slot.step) for slot in slots]).to(device) - 1
         else:  # filled, because a copy from the host would wait for the device
-            runs = [(step, len(list(run))) for step, run in groupby(slot.step for slot in slots)]
-            counts = torch.cat(
-                [torch.full((n,), float(step) - 1, device=device) for step, n in runs]
-            )
+            runs = [
+                (step, len(list(run))) for step, run in groupby(float(slot.step) for slot in slots)
+            ]
+            counts = torch.cat([torch.full((n,), step - 1.0, device=device) for step, n in runs])
         self._adam(
             [slot.param for slot in slots],
             [slot.grad for slot in slots],

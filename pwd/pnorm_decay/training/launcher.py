@@ -18,6 +18,7 @@ from __future__ import annotations
 import atexit
 import collections
 import contextlib
+import dataclasses
 import functools
 import multiprocessing
 import multiprocessing.connection
@@ -32,17 +33,18 @@ from pathlib import Path
 from typing import Any
 
 import cloudpickle
+import torch
 from filelock import FileLock, Timeout
 from hydra.core.singleton import Singleton
 from hydra.core.utils import JobReturn, JobStatus, run_job, setup_globals
 from hydra.types import HydraContext, TaskFunction
 from omegaconf import DictConfig, open_dict
 
-from pnorm_decay.training import stopping
+from pnorm_decay.training import sharing, stopping
 from pnorm_decay.training.progress import TOTAL, console
 from pnorm_decay.training.provenance import git_commit
-from pnorm_decay.training.run import LeftError, ProcessDiedError, RunError, record_lost
-from pnorm_decay.training.settings import ConfigError, Settings, cores
+from pnorm_decay.training.run import LeftError, ProcessDiedError, RunError, measure, record_lost
+from pnorm_decay.training.settings import Settings, cores
 from pnorm_decay.training.tracking import LoggerError
 
 LOOK_SECONDS = 0.2  # between two looks at whether the sweep was asked to stop
@@ -67,6 +69,7 @@ class Sweep:
     task: TaskFunction
     config: DictConfig
     total: int
+    at_once: int = 1  # how many of them are done beside each other
 
     def run(
         self, number: int, overrides: Sequence[str], task: TaskFunction | None = None
@@ -89,6 +92,7 @@ class Sweep:
             config.hydra.job.id = f"{config.hydra.job.name}_{number}"
             config.hydra.job.num = number
             config.hydra.job.env_set[TOTAL] = str(self.total)
+            config.hydra.launcher.n_jobs = self.at_once
         return run_job(
             task_function=task or self.task,
             config=config,
@@ -125,13 +129,13 @@ class Worker:
             self.process.start()
         its_end.close()
 
-    def give(self, sweep: bytes, number: int, overrides: Sequence[str]) -> None:
-        """Has it do a run.
+    def give(self, sweep: bytes, number: int, overrides: Sequence[str], task: bytes = b"") -> None:
+        """Has it do a run, or a task other than the sweep's with the run's config.
 
         Raises:
             OSError: the process has ended.
         """
-        self.connection.send((sweep, number, list(overrides)))
+        self.connection.send((sweep, number, list(overrides), task))
 
     def result(self) -> JobReturn | None:
         """How its run ended, once the connection is ready; None where the process was stopped.
@@ -167,7 +171,11 @@ def close_idle() -> None:
 
 
 def launch(
-    sweep: Sweep, overrides: Sequence[Sequence[str]], first: int, at_once: int
+    sweep: Sweep,
+    overrides: Sequence[Sequence[str]],
+    first: int,
+    n_jobs: object = None,
+    runs_per_gpu: object = "auto",
 ) -> list[JobReturn]:
     """Does runs beside each other.
 
@@ -175,18 +183,24 @@ def launch(
         sweep: what they have in common.
         overrides: of each run.
         first: the number of the first run.
-        at_once: how many are done beside each other; -1: one a core.
+        n_jobs: how many are done beside each other; -1: one a core; None: `runs_per_gpu` on each
+            GPU or, without one, one a core.
+        runs_per_gpu: a number, or "auto": measured.
 
     Returns:
         How each ended, in order.
 
     Raises:
-        ConfigError: a value is not what a run takes, or ``at_once`` no such number; none has begun.
+        ConfigError: a value is not what a run takes, or not the launcher's; none has begun.
         Stopped: the sweep was asked to stop; the runs that had begun have saved their states.
     """
-    at_once = runs_at_once(at_once)
     sweep.check(overrides)
     setup_globals()
+    gpus = torch.cuda.device_count()
+    at_once = sharing.how_many(n_jobs, runs_per_gpu, gpus, cores())
+    if at_once is None:
+        at_once = gpus * (measured(sweep, overrides, first) if len(overrides) > gpus else 1)
+    sweep = dataclasses.replace(sweep, at_once=at_once)
     common = cloudpickle.dumps((sweep, Singleton.get_state()))
     left = collections.deque(enumerate(overrides))
     busy: dict[Worker, Job] = {}
@@ -240,16 +254,35 @@ def launch(
     return [ended[number] for number in sorted(ended)]
 
 
-def runs_at_once(number: object) -> int:
-    """How many runs ``hydra.launcher.n_jobs`` asks for; -1: one a core.
+def measured(sweep: Sweep, overrides: Sequence[Sequence[str]], first: int) -> int:
+    """How many runs are to share a GPU, by what the first that is to be done takes of one.
 
-    Raises:
-        ConfigError: it is something else.
+    Where that cannot be measured it is 1: the run itself will say what is wrong.
     """
-    if type(number) is not int or (number < 1 and number != -1):
-        wanted = "must be -1 or a whole number of at least 1"
-        raise ConfigError(f"hydra.launcher.n_jobs={number}: {wanted}")
-    return cores() if number == -1 else number
+    common, task = cloudpickle.dumps((sweep, Singleton.get_state())), cloudpickle.dumps(measure)
+    for number, words in enumerate(overrides, first):
+        worker = _start(common, number, words, task)
+        while not multiprocessing.connection.wait([worker.connection], timeout=LOOK_SECONDS):
+            if stopping.requested():
+                worker.process.kill()  # it has nothing to save
+                return 1
+        try:
+            ended = worker.result()
+        except ProcessDiedError:
+            return 1
+        if ended is None or ended.status != JobStatus.COMPLETED:
+            worker.close()
+            return 1
+        _idle.append(worker)
+        found = ended.return_value
+        if found is not None:
+            shared = sharing.runs_per_gpu(found, cores() // torch.cuda.device_count())
+            console.print(
+                f"{shared} runs share a GPU: one takes {found.memory / 2**30:.1f} GiB and "
+                f"{100 * found.busy:.0f} % of its time (hydra.launcher.runs_per_gpu sets it)"
+            )
+            return shared
+    return 1
 
 
 def logging_failed(ended: JobReturn) -> bool:
@@ -273,17 +306,17 @@ def _take_free(waiting: list[tuple[Path, Job]]) -> list[Job]:
     return free
 
 
-def _start(common: bytes, number: int, overrides: Sequence[str]) -> Worker:
-    """A worker that does this run."""
+def _start(common: bytes, number: int, overrides: Sequence[str], task: bytes = b"") -> Worker:
+    """A worker that does this run, or another task with its config."""
     while _idle:
         worker = _idle.pop()
         try:
-            worker.give(common, number, overrides)
+            worker.give(common, number, overrides, task)
             return worker
         except OSError:  # it has ended in the meantime
             worker.close()
     worker = Worker()
-    worker.give(common, number, overrides)
+    worker.give(common, number, overrides, task)
     return worker
 
 
@@ -294,13 +327,13 @@ def _work(jobs: multiprocessing.connection.Connection) -> None:
     setup_globals()
     while True:
         try:
-            common, number, overrides = jobs.recv()
+            common, number, overrides, task = jobs.recv()
         except EOFError:
             return
         sweep, state = pickle.loads(common)
         Singleton.set_state(state)
         try:
-            ended = sweep.run(number, overrides)
+            ended = sweep.run(number, overrides, pickle.loads(task) if task else None)
         except stopping.Stopped:
             return
         with contextlib.suppress(BrokenPipeError):  # the sweep was killed

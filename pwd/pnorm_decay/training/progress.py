@@ -55,7 +55,7 @@ def sweep_workers() -> int:
     """How many runs this sweep does beside each other."""
     if not in_sweep():
         return 1
-    workers = HydraConfig.get().launcher.get("n_jobs", 1)
+    workers = HydraConfig.get().launcher.get("n_jobs") or 1
     return cores() if workers == -1 else max(1, workers)
 
 

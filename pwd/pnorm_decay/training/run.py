@@ -40,6 +40,7 @@ from pnorm_decay.training.progress import (
 )
 from pnorm_decay.training.provenance import describe_machine, git_commit
 from pnorm_decay.training.settings import ConfigError, Settings
+from pnorm_decay.training.sharing import Footprint, footprint
 from pnorm_decay.training.tracking import Tracker, shortened
 from pnorm_decay.training.trainer import Outcome, Training, train
 
@@ -194,6 +195,24 @@ def _run(run: Run) -> dict[str, Any] | None:
             console.print(f"{sweep_position()}{left}")
             raise LeftError(left, lock)
     return record
+
+
+def measure(cfg: DictConfig) -> Footprint | None:
+    """What the run that ``cfg`` describes would take of a GPU; None where it takes nothing."""
+    settings = Settings.from_config(cfg)
+    run = Run(settings, build_data(settings))
+    left_out = settings.repeat_best and not repeats_a_best_run(run)
+    device = settings.trainer.resolve_device()
+    if device.type != "cuda" or left_out or finished_record(run) is not None:
+        return None
+    device = own_gpu(device)
+    accelerator = make_accelerator(device, settings.trainer.resolve_precision(device))
+    prepare_process(settings.trainer.resolve_threads(sweep_workers()))
+    try:
+        return footprint(settings, run.data, accelerator)
+    finally:
+        gc.collect()
+        torch.cuda.empty_cache()
 
 
 def train_and_record(run: Run, accelerator: Accelerator) -> dict[str, Any]:

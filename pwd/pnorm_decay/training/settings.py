@@ -348,6 +348,8 @@ class TrainerSettings(Checked):
         threads: CPU threads, or "auto": the cores, shared among a sweep's workers.
         channels_last: whether images and convolutions use the channels_last memory format.
         compile: whether the model is compiled by `torch.compile`, which takes up to a minute.
+        cuda_graphs: whether forward and backward pass are recorded once and then started as one
+            (CUDA graphs): for networks so small that starting their operations takes longest.
         checkpoint_minutes: time between two checkpoints, at most this much is lost.
         save_model: whether the trained weights stay in the run folder as ``model.pt``.
     """
@@ -358,6 +360,7 @@ class TrainerSettings(Checked):
         "device",
         "threads",
         "compile",
+        "cuda_graphs",
         "checkpoint_minutes",
         "save_model",
     }
@@ -379,6 +382,7 @@ class TrainerSettings(Checked):
     )
     channels_last: bool = Field(True, description=FLAG)
     compile: bool = Field(False, description=FLAG)
+    cuda_graphs: bool = Field(False, description=FLAG)
     checkpoint_minutes: float = Field(5.0, gt=0, allow_inf_nan=False, description=POSITIVE)
     save_model: bool = Field(True, description=FLAG)
 
@@ -555,18 +559,6 @@ class Settings(Checked):
 def cores() -> int:
     """How many CPU cores this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
-def workers() -> int:
-    """How many runs of a sweep this machine does beside each other: one a GPU, else one a core.
-
-    Measured on CPUs by `make bench-sweep`: single-threaded runs beside each other get more done
-    than one run with all threads.
-    """
-    return torch.cuda.device_count() or cores()
-
-
-OmegaConf.register_new_resolver("workers", workers, replace=True)  # for configs/hydra/launcher
 
 
 def bf16_is_fast(device: torch.device) -> bool:

@@ -30,6 +30,7 @@ from pnorm_decay.training.evaluation import (
     other_accuracies,
     training_loss,
 )
+from pnorm_decay.training.graphs import GraphedPasses, Passes, check_graphs
 from pnorm_decay.training.machine import (
     check_channels_last,
     check_share,
@@ -133,6 +134,11 @@ class Training:
         if accelerator.scaler is not None:
             self._parts["scaler"] = accelerator.scaler
 
+        self.passes: Passes = self.loss_and_gradients
+        if self.settings.cuda_graphs:
+            check_graphs(accelerator)
+            self.passes = GraphedPasses(self.loss_and_gradients, self.optimizer.zero_grad)
+
         self.step = self.last_evaluation = 0
         self.lr = math.nan
         self.lambda_p = self.optimizer.param_groups[0].get("lambda_p")
@@ -156,13 +162,19 @@ class Training:
         inputs, targets = self.data.train_batch(self.step, self.settings.batch_size, self.seed)
         return in_memory_format(inputs[share], self.settings.channels_last), targets[share]
 
+    def loss_and_gradients(self, inputs: Tensor, targets: Tensor) -> Tensor:
+        """The forward and the backward pass: the loss, and new gradients in the parameters."""
+        loss = cross_entropy(self.model(inputs), targets)
+        self.accelerator.backward(loss)
+        return loss.detach()
+
     def advance(self, loss: Tensor) -> None:
         """Notes what the step just taken was like, and moves the schedules on."""
         self.lr = float(self.optimizer.param_groups[0]["lr"])
         self.lambda_p = self.optimizer.param_groups[0].get("lambda_p")
         for scheduler in self.schedulers:
             scheduler.step()
-        self.loss_sum += loss.detach()
+        self.loss_sum += loss
         self.step += 1
 
     def evaluated(self) -> Row:
@@ -272,8 +284,7 @@ def train(run: Training, run_dir: Path, tracker: Tracker) -> Outcome:
     Raises:
         Stopped: the process was asked to stop, and the state is saved.
     """
-    accelerator, method, optimizer = run.accelerator, run.method, run.optimizer
-    clip_grad_norm = run.settings.clip_grad_norm
+    accelerator, method = run.accelerator, run.method
     path = run_dir / checkpoint.CHECKPOINT_FILE
     run.load(path, tracker)
     run.model.train()
@@ -291,16 +302,7 @@ def train(run: Training, run_dir: Path, tracker: Tracker) -> Outcome:
             if run.step == run.steps:
                 break
 
-            inputs, targets = run.batch()
-            loss = cross_entropy(run.model(inputs), targets)
-            accelerator.backward(loss)
-            method.before_step(run.step)
-            if clip_grad_norm is not None:
-                accelerator.clip_grad_norm_(run.model.parameters(), clip_grad_norm)
-            optimizer.step()
-            method.after_step(run.step)
-            optimizer.zero_grad()
-            run.advance(loss)
+            take_step(run)
             bar.update(task, completed=run.step)
 
             due = time.monotonic() - saved > 60 * run.settings.checkpoint_minutes
@@ -311,6 +313,20 @@ def train(run: Training, run_dir: Path, tracker: Tracker) -> Outcome:
             if stop:
                 raise stopping.Stopped
     return run.outcome(tracker.history)
+
+
+def take_step(run: Training) -> None:
+    """One step of training; nothing in it waits for a GPU."""
+    inputs, targets = run.batch()
+    loss = run.passes(inputs, targets)
+    run.method.before_step(run.step)
+    if run.settings.clip_grad_norm is not None:
+        run.accelerator.clip_grad_norm_(run.model.parameters(), run.settings.clip_grad_norm)
+    run.optimizer.step()
+    run.method.after_step(run.step)
+    if not run.settings.cuda_graphs:  # which write the gradients where they were, anew
+        run.optimizer.zero_grad()
+    run.advance(loss)
 
 
 def seed_process(seed: int, process: int) -> None:
