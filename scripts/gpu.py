@@ -121,9 +121,15 @@ def main() -> None:
         sys.exit(2)
 
     from gpu_hour import Hour
+    from pnorm_decay.training.errors import print_error
 
     hour = Hour(folder, 60 * arguments.minutes, arguments.workers, rehearsed=arguments.rehearse)
-    sys.exit(hour.spend(arguments.stages))
+    try:
+        code = hour.spend(arguments.stages)
+    except Exception as error:
+        print_error(error)
+        code = 2
+    sys.exit(code)
 
 
 if __name__ == "__main__":

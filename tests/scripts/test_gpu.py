@@ -234,7 +234,8 @@ def test_what_pytest_says_is_counted(load):
         "tests/a.py::test_two[cuda 0] FAILED   [ 66%]\n"
         "tests/b.py::test_three SKIPPED (no second GPU)\n"
         "FAILED tests/a.py::test_two[cuda 0] - assert 0\n"
+        "ERROR tests/c.py - ModuleNotFoundError: No module named 'matplotlib'\n"
     )
     found = report.test_results(log)
-    assert found["note"] == "1 failed, 1 passed, 1 skipped"
+    assert found["note"] == "1 failed, 1 files that could not be imported, 1 passed, 1 skipped"
     assert found["failed"] == ["tests/a.py::test_two[cuda 0]"]
