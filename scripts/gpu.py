@@ -21,6 +21,7 @@ import importlib.metadata
 import os
 import platform
 import re
+import signal
 import sys
 import tomllib
 from pathlib import Path
@@ -93,6 +94,7 @@ def parsed() -> argparse.Namespace:
 
 
 def main() -> None:
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # until the hour begins nothing is to be saved
     arguments = parsed()
     default = REPOSITORY / "runs" / "rehearsal" if arguments.rehearse else REPOSITORY
     folder = (arguments.folder or default).resolve()

@@ -58,6 +58,9 @@ TINY = {
 TINY_STEPS = ["trainer.steps=6", "trainer.eval_every=3"]
 ON_CPU = ["trainer.device=cpu", "trainer.threads=1", "trainer.precision=fp32"]
 FILES_OF_A_RUN = (records.RESULT_FILE, tracking.METRICS_FILE, tracking.WEIGHTS_FILE)
+STATE, LOG, RUNS = "hour.json", "log.txt", "runs.tar.gz"
+ROWS = [f"{name}.csv" for name in EXPERIMENTS]
+KEPT = (gpu_report.REPORT, STATE, LOG, RUNS, "optimizer.csv", "training.csv", *ROWS)
 LOOK_SECONDS = 0.25  # between two looks at what a program is doing
 SAVE_SECONDS = 30.0  # that a program usually takes to save its state
 GRACE_SECONDS = 45.0  # a program's, to save its state after it was asked to stop
@@ -86,7 +89,6 @@ class Hour:
         self.published = Path(os.environ["OUT"]).resolve() if os.environ.get("OUT") else None
         # Of the time there is, what saving and the report take.
         self.end = time.monotonic() + seconds - min(SAVE_SECONDS, seconds / 10)
-        self.seconds = seconds
         self.stopped = False
         self.process: subprocess.Popen[bytes] | None = None
         self.state: dict[str, Any] = {"stages": {}, "sweeps": {}, "hour": [], "environment": []}
@@ -146,15 +148,20 @@ class Hour:
 
     def resume(self) -> None:
         """Takes up what an earlier slice left in gpu/ or, where that is empty, in $OUT."""
-        state = self.kept / "hour.json"
+        state = self.kept / STATE
         if not state.exists() and self.published is not None:
-            for path in self.published.glob("*"):
-                if path.is_file():
-                    shutil.copy2(path, self.kept)
+            for name in KEPT:
+                if (self.published / name).is_file():
+                    shutil.copy2(self.published / name, self.kept)
         for path in self.kept.iterdir():
             path.chmod(0o644)  # what came back from another machine may be read-only
         if state.exists():
             self.state |= json.loads(state.read_text(encoding="utf-8"))
+        if (self.kept / RUNS).exists():
+            with tarfile.open(self.kept / RUNS) as archive:
+                for member in archive:
+                    if not (self.folder / member.name).exists():
+                        archive.extract(member, self.folder, filter="data")
         for name in EXPERIMENTS:
             rows = self.kept / f"{name}.csv"
             if rows.exists():
@@ -192,27 +199,27 @@ class Hour:
                     for name in files:
                         path = result.with_name(name)
                         if path.exists():
-                            archive.add(path, path.relative_to(self.runs.parent).as_posix())
+                            archive.add(path, path.relative_to(self.folder).as_posix())
             if packed.tell() <= LARGEST:
                 break
-        with atomic_write(self.kept / "runs.tar.gz") as file:
+        with atomic_write(self.kept / RUNS) as file:
             file.write(packed.getvalue())
 
     def publish(self) -> None:
         """Writes the state and the report, and copies what changed to $OUT."""
-        log = self.kept / "log.txt"
+        log = self.kept / LOG
         if self.process is None and log.exists() and log.stat().st_size > LARGEST:
             with atomic_write(log) as file:
                 file.write(log.read_bytes()[-LARGEST // 2 :])
-        write_text(self.kept / "hour.json", json.dumps(self.state, indent=2) + "\n")
+        write_text(self.kept / STATE, json.dumps(self.state, indent=2) + "\n")
         report = gpu_report.report(self.state, self.rows(), self.kept, rehearsed=self.rehearsed)
         write_text(self.kept / gpu_report.REPORT, report)
         if self.published is None or self.published == self.kept:
             return
         self.published.mkdir(parents=True, exist_ok=True)
-        for path in sorted(self.kept.iterdir()):
+        for path in (self.kept / name for name in KEPT):
             copy = self.published / path.name
-            if path.is_file() and not path.name.startswith("."):
+            if path.exists():
                 content = path.read_bytes()[-LARGEST:]  # only the log can be larger
                 if not copy.exists() or copy.read_bytes() != content:
                     with atomic_write(copy) as file:
@@ -241,7 +248,7 @@ class Hour:
         """
         words = [sys.executable, *command]
         end = time.monotonic() + min(seconds, self.left)
-        path = self.kept / "log.txt"
+        path = self.kept / LOG
         environment = {**os.environ, "PYTHONUNBUFFERED": "1", "COLUMNS": "120"}
         with path.open("ab") as log, path.open("rb") as reader:
             log.write(f"\n$ python {' '.join(command)}\n".encode())
@@ -274,6 +281,9 @@ class Hour:
                 self.process = None
                 if process.poll() is None:  # an error of this program
                     process.terminate()
+                elif asked:  # what a program that was cut off may leave
+                    with contextlib.suppress(ProcessLookupError):
+                        os.killpg(process.pid, signal.SIGKILL)
         return None if asked else process.returncode
 
     def show(self, reader: io.BufferedReader) -> None:
@@ -351,7 +361,7 @@ class Hour:
 
     def test(self) -> None:
         """The tests that are marked `cuda`."""
-        log = self.kept / "log.txt"
+        log = self.kept / LOG
         begun = log.stat().st_size if log.exists() else 0
         program = [
             *("-m", "pytest", "-m", "cuda", "-v", "-rfE", "--tb=short", "-p", "no:cacheprovider"),
