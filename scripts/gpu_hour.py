@@ -391,14 +391,16 @@ class Hour:
         if not self.able:
             return
         output = str(self.kept / "training.csv")
-        program = ["scripts/bench_training.py", "--output", output, "--rounds", "2", "--cases"]
+        program = ["scripts/bench_training.py", "--output", output]
         if self.rehearsed:
             name = self.able[0]
             words = self.words(name, ["trainer.steps=100", "trainer.eval_every=100"])
-            program += [CASES[name], "--optimizers", "--seconds", "0.01", "--"]
+            program += ["--cases", CASES[name], "--optimizers", "--rounds", "1"]
+            program += ["--seconds", "0.01", "--"]
             program += [word for word in words if word.startswith(("model", "trainer", "data"))]
         else:
-            program += [*(CASES[name] for name in self.able), "--device", "cuda", "--seconds", "4"]
+            program += ["--cases", *(CASES[name] for name in self.able), "--device", "cuda"]
+            program += ["--rounds", "2", "--seconds", "4"]
         self.stage("training", program, signal.SIGTERM)
 
     def train_hour(self) -> None:
