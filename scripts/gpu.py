@@ -21,6 +21,7 @@ import importlib.metadata
 import os
 import platform
 import re
+import signal
 import sys
 import tomllib
 from pathlib import Path
@@ -93,6 +94,7 @@ def parsed() -> argparse.Namespace:
 
 
 def main() -> None:
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # until the hour begins nothing is to be saved
     arguments = parsed()
     default = REPOSITORY / "runs" / "rehearsal" if arguments.rehearse else REPOSITORY
     folder = (arguments.folder or default).resolve()
@@ -121,9 +123,15 @@ def main() -> None:
         sys.exit(2)
 
     from gpu_hour import Hour
+    from pnorm_decay.training.errors import print_error
 
     hour = Hour(folder, 60 * arguments.minutes, arguments.workers, rehearsed=arguments.rehearse)
-    sys.exit(hour.spend(arguments.stages))
+    try:
+        code = hour.spend(arguments.stages)
+    except Exception as error:
+        print_error(error)
+        code = 2
+    sys.exit(code)
 
 
 if __name__ == "__main__":

@@ -28,6 +28,7 @@ TITLES = {
 }
 OPTIONAL = ("torchvision", "wandb", "matplotlib", "scikit-learn", "triton")
 RESULT = re.compile(r"^(tests/\S+?::\S.*?) (PASSED|FAILED|ERROR|SKIPPED|XFAIL|XPASS)\b", re.M)
+UNREAD = re.compile(r"^ERROR (tests/\S+\.py)(?!\S)", re.M)
 # What the authors' public run logs say of the same settings, in percent (docs/report.md).
 PUBLISHED = {
     ("adamw", None): "94.05 to 94.23",
@@ -87,6 +88,9 @@ def test_results(log: str) -> dict[str, Any]:
     for result in found.values():
         counts[result.lower()] = counts.get(result.lower(), 0) + 1
     failed = [name for name, result in found.items() if result in ("FAILED", "ERROR")]
+    unread = set(UNREAD.findall(log))
+    if unread:
+        counts["files that could not be imported"] = len(unread)
     note = ", ".join(f"{count} {result}" for result, count in sorted(counts.items()))
     return {"note": note or "no test ended", "failed": failed}
 

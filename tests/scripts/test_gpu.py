@@ -7,6 +7,7 @@ import os
 import signal
 import subprocess
 import sys
+import tarfile
 import time
 from pathlib import Path
 
@@ -179,7 +180,10 @@ def test_it_is_stopped_in_the_middle_and_goes_on_to_the_end(tmp_path, environmen
     again = subprocess.run(command, env=elsewhere, capture_output=True, text=True)
     assert again.returncode == 0, again.stdout + again.stderr
     assert "already complete" in again.stdout
-    assert list((tmp_path / "fresh" / "runs").glob("*/*/*/result.json")) == []
+    brought = records.read(tmp_path / "fresh" / "results" / "paper" / rows.name)
+    assert brought.set_index("run_id")["finished_at"].equals(every["finished_at"])
+    with tarfile.open(tmp_path / "fresh" / "gpu" / "runs.tar.gz") as archive:
+        assert len(archive.getnames()) == 3 * len(every)
 
 
 @pytest.fixture
@@ -234,7 +238,8 @@ def test_what_pytest_says_is_counted(load):
         "tests/a.py::test_two[cuda 0] FAILED   [ 66%]\n"
         "tests/b.py::test_three SKIPPED (no second GPU)\n"
         "FAILED tests/a.py::test_two[cuda 0] - assert 0\n"
+        "ERROR tests/c.py - ModuleNotFoundError: No module named 'matplotlib'\n"
     )
     found = report.test_results(log)
-    assert found["note"] == "1 failed, 1 passed, 1 skipped"
+    assert found["note"] == "1 failed, 1 files that could not be imported, 1 passed, 1 skipped"
     assert found["failed"] == ["tests/a.py::test_two[cuda 0]"]
