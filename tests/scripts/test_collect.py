@@ -104,12 +104,6 @@ def test_broken_results_are_named_and_the_others_recorded(run_program, places, t
     assert ids(tmp_path, "demo") == (["a", "b"] if how == "copied" else ["b"])
 
 
-def test_values_in_quotes_are_recorded_as_the_numbers_that_they_are(run_program, places, tmp_path):
-    finish(tmp_path, "demo", "a", seed="1", lr="0.5")
-    assert run_program(COLLECT, *places).code == 0
-    assert rates(tmp_path, "demo") == {"a": 0.5}
-
-
 def sparse_run(tmp_path, run_id, p, sparsity, accuracy, **others):
     folder = finish(tmp_path, "cpu", run_id)
     row = {"run_id": run_id, "method": "pwd", "status": "finished", "p": p, "sparsity": sparsity}
