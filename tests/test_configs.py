@@ -139,14 +139,14 @@ SCALES = {
     "paper": {"resnet18_cifar10": ["oto"], "nanogpt_shakespeare": []},
 }
 EVERYWHERE = ["adamw", "coupled", "factorised", "l1", "magnitude", "proximal", "pwd", "rewa", "sgd"]
-OF_THE_CPU_SCALE = ["magnitude_global", "target", "target_exact"]
+TO_A_TARGET = ["magnitude_global", "target", "target_exact"]
 
 
 @pytest.mark.parametrize("scale", SCALES)
 def test_the_sweeps_of_a_scale(scale):
     for name, others in SCALES[scale].items():
         experiment = read(f"experiment/{scale}/{name}")
-        of_scale = OF_THE_CPU_SCALE if scale == "cpu" else []
+        of_scale = [] if scale == "demo" else TO_A_TARGET
         points = ["points"] if "points" in experiment["grid"] else []
         assert sorted(experiment["sweeps"]) == sorted(EVERYWHERE + of_scale + others + points)
         assert experiment.get("repeat_seeds") == (None if scale == "demo" else "1,2")
