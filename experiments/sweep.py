@@ -37,6 +37,8 @@ from pnorm_decay.training.progress import console
 TRAIN = Path(__file__).resolve().with_name("train.py")
 CONFIGS = TRAIN.parents[1] / "configs"
 COLLECT = TRAIN.parents[1] / "scripts" / "collect.py"
+# Overrides that change no run.
+OF_NO_RESULT = ("runs_dir=", "results_dir=", "hydra.", "logger=", "trainer.threads=")
 
 
 def read(experiment: Path) -> dict[str, Any]:
@@ -104,8 +106,13 @@ def run_sweeps(
         sys.exit(1)
 
 
-def record(scale: str, overrides: list[str]) -> None:
+def record(scale: str, overrides: list[str], *, whole: bool) -> None:
     """Records the runs of a scale, where there is a folder of runs.
+
+    Args:
+        scale: its name.
+        overrides: of the runs; they may say where the folders are.
+        whole: whether all sweeps were done: then rows of the demo scale are this machine's alone.
 
     Raises:
         SystemExit: a record cannot be read or written.
@@ -115,7 +122,7 @@ def record(scale: str, overrides: list[str]) -> None:
     if not Path(runs).is_dir():  # all are recorded, by another machine
         return
     words = ["--scale", scale, "--runs", runs, "--results", results]
-    if scale == "demo":
+    if scale == "demo" and whole:
         words.append("--anew")
     if code := run_program(COLLECT, *words):
         sys.exit(code)
@@ -168,11 +175,12 @@ def main() -> None:
     if not arguments.record:
         run_sweeps(chosen, sweeps, overrides, repeat_best=arguments.repeat_best)
         return
+    whole = sweeps is None and all(word.startswith(OF_NO_RESULT) for word in overrides)
     run_sweeps(chosen, sweeps, overrides, repeat_best=False)
-    record(arguments.scale, overrides)
+    record(arguments.scale, overrides, whole=whole)
     if any(map(repeats_of, chosen)):
         run_sweeps(chosen, sweeps, overrides, repeat_best=True)
-        record(arguments.scale, overrides)
+        record(arguments.scale, overrides, whole=whole)
 
 
 if __name__ == "__main__":

@@ -205,7 +205,7 @@ def timings(
     }
 
 
-def on_gpu(model_name: str, case: Case, device: torch.device) -> tuple[float, float]:
+def first_step_on_gpu(model_name: str, case: Case, device: torch.device) -> tuple[float, float]:
     """(seconds of the first step, MB beyond weights and gradients at the peak) on a GPU."""
     model = prepared(model_name, 0, device)
     optimizer = case.optimizer(model)
@@ -255,7 +255,7 @@ def once(
                 continue
             later: float | str = ""
             if device.type == "cuda":
-                first, peak = on_gpu(model_name, case, device)
+                first, peak = first_step_on_gpu(model_name, case, device)
             else:
                 cache = f"{empty}/{len(found)}"
                 first, _ = in_own_process(model_name, case, cache)
@@ -334,7 +334,9 @@ def main() -> None:
     parser.add_argument("--p", nargs="+", type=float, default=list(EXPONENTS))
     parser.add_argument("--repeats", type=int, default=31, help="timed steps of each optimizer")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
-    parser.add_argument("--output", type=Path, default=Path("results/bench/optimizer.csv"))
+    parser.add_argument(
+        "--output", type=Path, help="(default on a CPU: results/bench/optimizer.csv)"
+    )
     parser.add_argument(
         "--tiny", action="store_true", help="a tiny model, to see that the benchmark runs here"
     )
@@ -349,6 +351,9 @@ def main() -> None:
         device = usable_device(arguments.device)
     except ValueError as error:
         parser.error(str(error))
+    if device.type == "cuda" and arguments.output is None:
+        parser.error("--output is needed on a GPU: what is recorded was measured on a CPU")
+    output = arguments.output or Path("results/bench/optimizer.csv")
     if arguments.tiny:
         MODELS.update(TINY)
         arguments.models = list(TINY)
@@ -367,8 +372,10 @@ def main() -> None:
                 )
                 show(measured)
                 rows += measured
-                write_rows(arguments.output, rows)  # what there is, should it be stopped
-    console.print(f"{arguments.output}: {len(rows)} rows")
+                if arguments.output:  # what there is, should it be stopped
+                    write_rows(output, rows)
+    write_rows(output, rows)
+    console.print(f"{output}: {len(rows)} rows")
 
 
 if __name__ == "__main__":

@@ -419,7 +419,9 @@ def main() -> None:
     )
     parser.add_argument("--seconds", type=float, default=8.0, help="of timed steps a turn")
     parser.add_argument("--rounds", type=int, default=3, help="turns of each loop")
-    parser.add_argument("--output", type=Path, default=Path("results/bench/training.csv"))
+    parser.add_argument(
+        "--output", type=Path, help="(default on a CPU: results/bench/training.csv)"
+    )
     words = sys.argv[1:]
     end = words.index("--") if "--" in words else len(words)
     arguments, overrides = parser.parse_args(words[:end]), words[end + 1 :]
@@ -429,6 +431,9 @@ def main() -> None:
         device = usable_device(arguments.device)
     except ValueError as error:
         parser.error(str(error))
+    if device.type == "cuda" and arguments.output is None:
+        parser.error("--output is needed on a GPU: what is recorded was measured on a CPU")
+    output = arguments.output or Path("results/bench/training.csv")
     by_optimizer = device.type == "cuda" or arguments.optimizers
     cases = GPU_CASES if by_optimizer else CASES
     rows: list[dict[str, Any]] = []
@@ -441,13 +446,15 @@ def main() -> None:
             else:
                 now = measure(case, name, arguments.seconds, arguments.rounds)
             rows += now
-            write_rows(arguments.output, rows)  # what there is, should it be stopped
+            if arguments.output:  # what there is, should it be stopped
+                write_rows(output, rows)
     except (DataError, *USER_ERRORS) as error:
         print_error(error)
         sys.exit(2)
     if not by_optimizer:
         show(rows)
-    console.print(f"{arguments.output}: {len(rows)} rows")
+    write_rows(output, rows)
+    console.print(f"{output}: {len(rows)} rows")
 
 
 if __name__ == "__main__":

@@ -75,9 +75,13 @@ def collect(
             console.print(f"  {gone} recorded runs are not in {runs}/ and went (--anew)")
         written.append(path)
         of_experiment, folder = runs / run_scale / name, results / run_scale
-        keep_weights(of_experiment, frame, folder / "weights")
-        count = keep_curves(of_experiment, frame, folder / "curves" / f"{name}.csv.gz")
-        console.print(f"  learning curves of {count} of them are recorded")
+        try:
+            keep_weights(of_experiment, frame, folder / "weights")
+            count = keep_curves(of_experiment, frame, folder / "curves" / f"{name}.csv.gz")
+        except records.RecordError as error:  # the rows are written; what goes with them is not
+            broken.append(error)
+        else:
+            console.print(f"  learning curves of {count} of them are recorded")
     return written, broken
 
 

@@ -155,6 +155,9 @@ def bundle(folder: Path, python: str, machine: str) -> None:
     if folder.exists():
         if not (folder / "start.py").exists() and any(folder.iterdir()):
             raise BundleError(f"{folder} holds something else")
+        for what in ("gpu", "runs"):
+            if (folder / "code" / what).exists():
+                raise BundleError(f"{folder / 'code' / what} holds results: move them away first")
         shutil.rmtree(folder)
     folder.mkdir(parents=True)
     copy_code(folder / "code")

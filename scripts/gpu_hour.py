@@ -105,12 +105,12 @@ class Hour:
             The exit status: 0, or 130 where it was asked to stop.
         """
         self.kept.mkdir(parents=True, exist_ok=True)
-        self.resume()
         before = {
             number: signal.signal(number, self.on_signal)
             for number in (signal.SIGINT, signal.SIGTERM)
         }
         try:
+            self.resume()
             self.look_around()
             do: dict[str, Callable[[], None]] = {
                 "tests": self.test,
@@ -147,12 +147,16 @@ class Hour:
     # What there is from before, and what is kept.
 
     def resume(self) -> None:
-        """Takes up what an earlier slice left in gpu/ or, where that is empty, in $OUT."""
+        """Takes up what an earlier slice left in gpu/ or, where that is empty, in $OUT.
+
+        Cut off anywhere, it begins again: the state comes last, and each file is whole or missing.
+        """
         state = self.kept / STATE
         if not state.exists() and self.published is not None:
-            for name in KEPT:
+            for name in sorted(KEPT, key=STATE.__eq__):
                 if (self.published / name).is_file():
-                    shutil.copy2(self.published / name, self.kept)
+                    with atomic_write(self.kept / name) as file:
+                        file.write((self.published / name).read_bytes())
         for path in self.kept.iterdir():
             path.chmod(0o644)  # what came back from another machine may be read-only
         if state.exists():
@@ -160,8 +164,11 @@ class Hour:
         if (self.kept / RUNS).exists():
             with tarfile.open(self.kept / RUNS) as archive:
                 for member in archive:
-                    if not (self.folder / member.name).exists():
-                        archive.extract(member, self.folder, filter="data")
+                    member = tarfile.data_filter(member, str(self.folder))
+                    content = archive.extractfile(member)
+                    if content is not None and not (self.folder / member.name).exists():
+                        with atomic_write(self.folder / member.name) as file:
+                            file.write(content.read())
         for name in EXPERIMENTS:
             rows = self.kept / f"{name}.csv"
             if rows.exists():
@@ -183,7 +190,9 @@ class Hour:
     def record(self) -> None:
         """Adds the runs that have ended to the recorded rows, and keeps what they left."""
         collect.console.quiet = True
-        collect.collect(self.runs, self.results, SCALE)
+        _, broken = collect.collect(self.runs, self.results, SCALE)
+        for error in broken:
+            self.say(f"left out: {error}")
         for name in EXPERIMENTS:
             if self.recorded(name).exists():
                 shutil.copyfile(self.recorded(name), self.kept / f"{name}.csv")

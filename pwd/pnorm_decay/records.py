@@ -392,8 +392,13 @@ def write_curves(path: Path, curves: Mapping[str, pd.DataFrame], runs: Iterable[
 
     Returns:
         Of how many runs the file now holds curves.
+
+    Raises:
+        RecordError: the file that is there cannot be read.
     """
     before = read_table(path) if path.exists() else pd.DataFrame({"run_id": []})
+    if "run_id" not in before.columns:
+        raise RecordError(f"{path} lacks the column run_id")
     kept = before[before["run_id"].isin(list(runs)) & ~before["run_id"].isin(list(curves))]
     new = [curve.assign(run_id=run_id) for run_id, curve in curves.items()]
     whole = pd.concat([kept, *new]).sort_values("run_id", kind="stable", ignore_index=True)

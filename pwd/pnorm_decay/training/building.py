@@ -111,7 +111,10 @@ def load_run(
             f"{folder} has no saved network: there is no {records.MODEL_FILE}, which "
             "trainer.save_model=true leaves"
         )
-    return saved_network(path, result["config"]).to(device), result["config"]
+    config = result.get("config")
+    if not isinstance(config, dict):
+        raise ConfigError(f"{folder / records.RESULT_FILE} holds no config")
+    return saved_network(path, config).to(device), config
 
 
 def saved_network(path: Path, config: Mapping[str, Any]) -> nn.Module:

@@ -38,7 +38,7 @@ from filelock import FileLock, Timeout
 from hydra.core.singleton import Singleton
 from hydra.core.utils import JobReturn, JobStatus, run_job, setup_globals
 from hydra.types import HydraContext, TaskFunction
-from omegaconf import DictConfig, open_dict
+from omegaconf import DictConfig, OmegaConf, open_dict
 
 from pnorm_decay.training import sharing, stopping
 from pnorm_decay.training.progress import TOTAL, console
@@ -196,7 +196,8 @@ def launch(
     """
     sweep.check(overrides)
     setup_globals()
-    gpus = torch.cuda.device_count()
+    on_cpu = OmegaConf.select(sweep.config, "trainer.device") == "cpu"
+    gpus = 0 if on_cpu else torch.cuda.device_count()
     at_once = sharing.how_many(n_jobs, runs_per_gpu, gpus, cores())
     if at_once is None:
         at_once = gpus * (measured(sweep, overrides, first) if len(overrides) > gpus else 1)

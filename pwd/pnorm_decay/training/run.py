@@ -115,7 +115,6 @@ class Run:
         scale, experiment = self.settings.experiment_name.split("/")
         sweep = self.settings.sweep_name
         where = {"scale": scale, "experiment": experiment, "sweep": sweep, "data": self.data.label}
-        where["overrides"] = overrides(self.settings)
         what = hyperparameters(self.settings)
         method, group = what["method"], run_name(self.settings, seed=False)
         tags = [scale, experiment, method, *([] if sweep == "none" else [sweep])]

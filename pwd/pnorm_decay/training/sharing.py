@@ -7,6 +7,7 @@ fill it would only wait for each other.
 
 from __future__ import annotations
 
+import gc
 import time
 from dataclasses import dataclass
 
@@ -53,6 +54,8 @@ def runs_per_gpu(found: Footprint, cores: int) -> int:
 def footprint(settings: Settings, data: Dataset, accelerator: Accelerator) -> Footprint:
     """Measures a run on its GPU by some steps and an evaluation, of which nothing is kept."""
     device = accelerator.device
+    gc.collect()
+    torch.cuda.empty_cache()  # of a run before it, in the same process
     free = torch.cuda.mem_get_info(device)[0] + CONTEXT  # this process has its own already
     torch.cuda.reset_peak_memory_stats(device)
     run = Training(settings, data, accelerator)
