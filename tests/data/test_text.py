@@ -192,12 +192,12 @@ def test_without_network_the_message_says_what_to_do(
     local_copy.unlink()
     with pytest.raises(DataError) as caught:
         TinyShakespeare(4, cache_dir=tmp_path / "cache").setup(CPU)
-    lines = str(caught.value).splitlines()
-    assert len(lines) == 2
-    assert TinyShakespeare.URL in lines[0]
-    assert str(tmp_path / "cache" / "tinyshakespeare.txt") in lines[1]
-    assert "data.path=" in lines[1]
-    assert "PNORM_SHAKESPEARE" in lines[1]
+    message = str(caught.value)
+    assert "\n" not in message
+    assert TinyShakespeare.URL in message
+    assert str(tmp_path / "cache" / "tinyshakespeare.txt") in message
+    assert "data.path=" in message
+    assert "PNORM_SHAKESPEARE" in message
     assert not (tmp_path / "cache").exists()
 
 
@@ -205,7 +205,7 @@ def test_a_download_with_a_wrong_checksum_leaves_nothing(local_copy: Path, tmp_p
     local_copy.write_bytes(CONTENT[:-1])
     with pytest.raises(DataError, match=r"wrong checksum: sha256 \w+…, expected") as caught:
         TinyShakespeare(4, cache_dir=tmp_path / "cache").setup(CPU)
-    assert len(str(caught.value).splitlines()) == 2
+    assert len(str(caught.value).splitlines()) == 1
     assert not (tmp_path / "cache").exists()
 
 

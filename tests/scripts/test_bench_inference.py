@@ -14,11 +14,10 @@ from pnorm_decay.deploy.inference import InParts
 from pnorm_decay.figures.inference import read
 from pnorm_decay.models.gpt import GPT
 from pnorm_decay.models.resnet import ResNet18
-from scripts.test_benches import load  # noqa: F401
 
 
 @pytest.fixture
-def bench(load, monkeypatch):  # noqa: F811
+def bench(load, monkeypatch):
     module = load("bench_inference")
     monkeypatch.setattr(module, "ResNet18", lambda: ResNet18(width=2))
     monkeypatch.setattr(module, "nanogpt", lambda: GPT(11, 1, 2, 8, 32))
@@ -74,7 +73,7 @@ def test_bad_arguments(bench, monkeypatch, tmp_path, capsys):
     for arguments, message in (
         (["--sparsity", "1.5"], "--sparsity must be in"),
         (["--rounds", "0"], "must be at least 1"),
-        (["--networks", str(tmp_path)], "no finished run with a saved network"),
+        (["--networks", str(tmp_path)], "holds no finished run"),
     ):
         with pytest.raises(SystemExit) as stopped:
             run(bench, monkeypatch, tmp_path / "inference.csv", *arguments)

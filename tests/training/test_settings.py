@@ -5,7 +5,6 @@ import os
 import pytest
 import torch
 
-from pnorm_decay.training import settings
 from pnorm_decay.training.settings import ConfigError, TrainerSettings, cores
 
 
@@ -61,14 +60,6 @@ def test_threads_are_shared_among_workers(monkeypatch):
     assert TrainerSettings(steps=1, threads=3).resolve_threads(2) == 3
     monkeypatch.setenv("OMP_NUM_THREADS", "5")  # as a cluster gives them to a worker
     assert TrainerSettings(steps=1).resolve_threads(2) == 5
-
-
-def test_a_sweep_does_a_run_a_gpu_or_a_run_a_core(monkeypatch):
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
-    monkeypatch.setattr(settings, "cores", lambda: 5)
-    assert settings.workers() == 5
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: 3)
-    assert settings.workers() == 3
 
 
 def test_precision_follows_the_hardware():

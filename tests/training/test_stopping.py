@@ -54,7 +54,7 @@ def test_signals_are_postponed_also_in_a_process_that_is_started():
     process.join()
     with stopping.graceful():
         with stopping.postponed():
-            os.kill(os.getpid(), signal.SIGHUP)
+            signal.raise_signal(signal.SIGHUP)  # to this thread: others may not hold it back
             assert not stopping.requested()
         assert stopping.requested()
 
