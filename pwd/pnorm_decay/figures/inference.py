@@ -114,6 +114,7 @@ def _draw_files(ax: Axes, files: pd.DataFrame) -> None:
     for name, line in _FORMATS.items():
         of_format = files[files["format"] == name].sort_values("sparsity")
         ax.plot(of_format["sparsity"], of_format["bytes"] / 1e6, line, color="black", label=name)
+    ax.set_ylim(bottom=files["bytes"].min() / 1e6 / 6)  # room for the legend
     ax.legend(loc="lower left", handlelength=1.8)
     ax.set_ylabel("megabytes")
 
