@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import contextlib
 import os
 import platform
@@ -36,21 +37,28 @@ def composed(overrides: list[str]) -> DictConfig:
     return cfg
 
 
-def usable_device(name: str) -> torch.device:
-    """The device of a benchmark's option ``--device``.
+def device_and_output(
+    parser: argparse.ArgumentParser, arguments: argparse.Namespace, recorded: Path
+) -> tuple[torch.device, Path]:
+    """What ``--device`` and ``--output`` say; an error of the parser where that cannot be.
 
-    Raises:
-        ValueError: it is no CPU and no CUDA device, or there is none here.
+    Args:
+        parser: tells of the error.
+        arguments: with ``device`` and ``output``.
+        recorded: the output where none is given, which is on a CPU alone.
     """
+    name = arguments.device
     try:
         device = torch.device(name)
     except RuntimeError:
         device = None
     if device is None or device.type not in ("cpu", "cuda"):
-        raise ValueError(f"--device {name}: must be cpu or cuda")
+        parser.error(f"--device {name}: must be cpu or cuda")
     if device.type == "cuda" and not torch.cuda.is_available():
-        raise ValueError(f"--device {name}: torch sees no CUDA device here")
-    return device
+        parser.error(f"--device {name}: torch sees no CUDA device here")
+    if device.type == "cuda" and arguments.output is None:
+        parser.error("--output is needed on a GPU: what is recorded was measured on a CPU")
+    return device, arguments.output or recorded
 
 
 def synchronize(device: torch.device) -> None:

@@ -34,12 +34,12 @@ from rich.table import Table
 from torch import nn
 
 from bench_common import (
+    device_and_output,
     kernel_launches,
     machine,
     memory,
     reset_peak_memory,
     synchronize,
-    usable_device,
     write_rows,
 )
 from pnorm_decay import AdamPWD, param_groups
@@ -347,13 +347,8 @@ def main() -> None:
         return
     if arguments.repeats < 1:
         parser.error(f"--repeats {arguments.repeats} (must be at least 1)")
-    try:
-        device = usable_device(arguments.device)
-    except ValueError as error:
-        parser.error(str(error))
-    if device.type == "cuda" and arguments.output is None:
-        parser.error("--output is needed on a GPU: what is recorded was measured on a CPU")
-    output = arguments.output or Path("results/bench/optimizer.csv")
+    recorded = Path("results/bench/optimizer.csv")
+    device, output = device_and_output(parser, arguments, recorded)
     if arguments.tiny:
         MODELS.update(TINY)
         arguments.models = list(TINY)

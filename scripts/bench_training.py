@@ -43,7 +43,7 @@ from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile
 from torch.utils.data import DataLoader, Dataset
 
-from bench_common import composed, kernels_of, machine, synchronize, usable_device, write_rows
+from bench_common import composed, device_and_output, kernels_of, machine, synchronize, write_rows
 from pnorm_decay.data import DataError
 from pnorm_decay.data.images import ImageDataset
 from pnorm_decay.data.text import TextDataset
@@ -427,13 +427,8 @@ def main() -> None:
     arguments, overrides = parser.parse_args(words[:end]), words[end + 1 :]
     if arguments.rounds < 1 or arguments.seconds <= 0:
         parser.error("--rounds must be at least 1 and --seconds positive")
-    try:
-        device = usable_device(arguments.device)
-    except ValueError as error:
-        parser.error(str(error))
-    if device.type == "cuda" and arguments.output is None:
-        parser.error("--output is needed on a GPU: what is recorded was measured on a CPU")
-    output = arguments.output or Path("results/bench/training.csv")
+    recorded = Path("results/bench/training.csv")
+    device, output = device_and_output(parser, arguments, recorded)
     by_optimizer = device.type == "cuda" or arguments.optimizers
     cases = GPU_CASES if by_optimizer else CASES
     rows: list[dict[str, Any]] = []

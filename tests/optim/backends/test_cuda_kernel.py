@@ -179,7 +179,14 @@ WRONG = [
 
 def test_the_first_step_finds_the_kernel_right(emulated: tuple[torch.dtype, native.Kernel]) -> None:
     dtype, kernel = emulated
-    native.compare_with_reference(kernel, CPU, dtype)
+    launches = []
+
+    def counted(records: list[native.Record], options: native.Options) -> None:
+        launches.append(len(records))
+        kernel(records, options)
+
+    native.compare_with_reference(counted, CPU, dtype)  # raises where they differ
+    assert launches == [1] * len(native.COMPARED)
 
 
 @pytest.mark.parametrize(("right", "wrong"), WRONG)
