@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import io
 import json
-import math
 import os
 import shutil
 import signal
@@ -18,7 +17,7 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
-from hydra import compose, initialize_config_dir
+from hydra import initialize_config_dir
 from omegaconf import OmegaConf
 
 import collect
@@ -29,6 +28,7 @@ from pnorm_decay.data import DataError
 from pnorm_decay.files import atomic_write, write_text
 from pnorm_decay.training import tracking
 from pnorm_decay.training.building import build_data
+from pnorm_decay.training.completing import runs_of
 from pnorm_decay.training.run import Run
 from pnorm_decay.training.settings import ConfigError, Settings
 
@@ -483,5 +483,4 @@ def runs_of_sweep(experiment: str, sweep: str) -> int:
     """How many runs a sweep has."""
     words = [f"experiment={experiment}", f"sweep={sweep}", "logger=none"]
     with initialize_config_dir(str(CONFIGS), version_base="1.3"):
-        cfg = compose("train", words, return_hydra_config=True)
-    return math.prod(len(str(values).split(",")) for values in cfg.hydra.sweeper.params.values())
+        return len(runs_of(words))
