@@ -40,16 +40,21 @@ def accuracies(runs: Path) -> dict[str, float]:
 
 
 @pytest.mark.parametrize("launcher", LAUNCHERS)
-def test_a_sweep_on_two_workers_of_a_cluster(launcher, tmp_path):
+def test_a_sweep_on_two_workers_of_a_cluster(launcher, run_program, tmp_path):
     if importlib.util.find_spec(f"hydra_plugins.hydra_{launcher}_launcher") is None:
         pytest.skip(f"needs the extra for {launcher} (make test-ray installs Ray's)")
     program = str(REPOSITORY / "experiments" / "train.py")
-    environment = {**os.environ, "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0"}
-    for name, options in (("cluster", LAUNCHERS[launcher]), ("here", ["hydra/launcher=basic"])):
-        command = [sys.executable, program, *SWEEP, *options, f"runs_dir={tmp_path / name}"]
-        done = subprocess.run(
-            command, capture_output=True, text=True, env=environment, cwd=REPOSITORY
-        )
-        assert done.returncode == 0, done.stdout + done.stderr
+    options = [*LAUNCHERS[launcher], f"runs_dir={tmp_path / 'cluster'}"]
+    done = subprocess.run(
+        [sys.executable, program, *SWEEP, *options],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0"},
+        cwd=REPOSITORY,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    options = ["hydra/launcher=basic", f"runs_dir={tmp_path / 'here'}"]
+    here = run_program("experiments/train.py", *SWEEP, *options)
+    assert here.code == 0, here.err
     assert len(accuracies(tmp_path / "here")) == 2
     assert accuracies(tmp_path / "cluster") == accuracies(tmp_path / "here")

@@ -177,7 +177,9 @@ def test_it_is_stopped_in_the_middle_and_goes_on_to_the_end(tmp_path, environmen
     (tmp_path / "fresh").mkdir()
     out.rename(tmp_path / "fresh" / "gpu")
     command[command.index(str(tmp_path))] = str(tmp_path / "fresh")
-    again = subprocess.run(command, env=elsewhere, capture_output=True, text=True)
+    again = subprocess.run(
+        [*command, "--stages", "hour"], env=elsewhere, capture_output=True, text=True
+    )
     assert again.returncode == 0, again.stdout + again.stderr
     assert "already complete" in again.stdout
     brought = records.read(tmp_path / "fresh" / "results" / "paper" / rows.name)

@@ -42,16 +42,29 @@ def composed(experiment: str, *overrides: str) -> Any:
         return compose("train", list(overrides), return_hydra_config=True)
 
 
+@cache
+def of_method(experiment: str, method: str) -> Any:
+    """What a recorded method was composed as, without Hydra's part, whose copies take long."""
+    pruning = ["pruning=dwf"] if method == "dwf" else []
+    cfg = composed(experiment, f"sweep={SWEEPS.get(method, method)}", *pruning)
+    plain = cfg.copy()
+    with open_dict(plain):
+        del plain["hydra"]
+    plain.experiment_name, plain.sweep_name = experiment, "none"
+    return cfg, plain
+
+
 def settings_of(experiment: str, row: dict[str, Any]) -> Settings:
     """The settings of a recorded run."""
-    method = row["method"]
-    pruning = ["pruning=dwf"] if method == "dwf" else []
-    cfg = composed(experiment, f"sweep={SWEEPS.get(method, method)}", *pruning).copy()
+    cfg, plain = of_method(experiment, row["method"])
+    if HydraConfig.instance().cfg is not cfg:
+        HydraConfig.instance().set_config(cfg)
+    own = plain.copy()
     for column, places in PLACES.items():
-        there = [place for place in places if OmegaConf.select(cfg, place) is not None]
+        there = [place for place in places if OmegaConf.select(own, place) is not None]
         if there and not pd.isna(row[column]):
-            OmegaConf.update(cfg, there[0], row[column])
-    return resolved(cfg, experiment)
+            OmegaConf.update(own, there[0], row[column])
+    return Settings.from_config(own)
 
 
 @pytest.fixture(autouse=True)
