@@ -19,7 +19,7 @@ import hydra
 from omegaconf import DictConfig
 
 from pnorm_decay.training import stopping
-from pnorm_decay.training.command_line import explained, flags_first
+from pnorm_decay.training.command_line import check_choices, explained, flags_first
 from pnorm_decay.training.errors import print_error
 from pnorm_decay.training.progress import console, in_sweep, say_if_one_of_a_sweep
 from pnorm_decay.training.run import run
@@ -49,6 +49,7 @@ if __name__ == "__main__":
     with stopping.graceful():
         try:
             sys.argv[1:] = flags_first(sys.argv[1:])
+            check_choices(sys.argv[1:], CONFIGS)
             main()
             if stopping.requested():
                 raise stopping.Stopped

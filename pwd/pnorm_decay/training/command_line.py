@@ -1,4 +1,4 @@
-"""What stands behind `experiments/train.py`: its order, and what a message says of a wrong word."""
+"""The words of `experiments/train.py`: their order, and what is wrong with one of them."""
 
 from __future__ import annotations
 
@@ -11,11 +11,13 @@ from pathlib import Path
 from typing import Any
 
 from hydra import compose, initialize_config_dir
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import ChoiceSweep, Glob, QuotedString
 from hydra.errors import ConfigCompositionException, HydraException, MissingConfigException
 from hydra.utils import get_object
 from omegaconf import OmegaConf
 
-from pnorm_decay.training.settings import ConfigError
+from pnorm_decay.training.settings import NAME, ConfigError
 
 NEAREST = 3  # how many neighbours of an unknown key are named
 MULTIRUN = {"-m", "--multirun"}
@@ -44,6 +46,26 @@ def is_override(word: str) -> bool:
     return not word.startswith("-") and ("=" in word or word.startswith("~"))
 
 
+def check_choices(words: Sequence[str], configs: Path) -> None:
+    """Raises a ConfigError where a config group is given null, a number or a list, not a name.
+
+    Of these Hydra says the type alone, or accepts them, and then the choice is not known.
+    """
+    try:
+        overrides = OverridesParser.create().parse_overrides([*filter(is_override, words)])
+    except HydraException:  # which is raised again, with all that is known, later
+        return
+    for override in overrides:
+        group, value = override.key_or_group, override.value()
+        is_hydras = group.partition("/")[0] == "hydra"
+        if override.is_delete() or not (is_hydras or (configs / group).is_dir()):
+            continue
+        values = value.list if isinstance(value, ChoiceSweep) else [value]
+        if not all(isinstance(value, str | QuotedString | Glob) for value in values):
+            wanted = NAME if is_hydras else f"one of {', '.join(choices_of(group, configs))}"
+            raise ConfigError(f"{override.input_line}: must be {wanted}")
+
+
 def explained(error: Exception, words: Sequence[str], configs: Path) -> Exception:
     """The error that Hydra gave, as one that names the choices or the nearest keys.
 
@@ -69,14 +91,20 @@ def explained(error: Exception, words: Sequence[str], configs: Path) -> Exceptio
 def unknown_choice(error: MissingConfigException, configs: Path) -> str | None:
     """Which choices a config group has, or None where the group is not known."""
     group, _, choice = (error.missing_cfg_file or "").partition("/")
-    files = (configs / group).rglob("*.yaml") if group else []
-    choices = [path.relative_to(configs / group).with_suffix("").as_posix() for path in files]
+    choices = choices_of(group, configs) if group else []
     if group == "hydra":  # its own choices lie in the package
         inner, _, choice = choice.rpartition("/")
         group, choices = f"{group}/{inner}", list(error.options or [])
     if not choices:
         return None
     return f"{group}={choice}: there is no such choice; there are {', '.join(sorted(choices))}"
+
+
+def choices_of(group: str, configs: Path) -> list[str]:
+    """The files of a config group, as one writes them behind its name."""
+    folder = configs / group
+    files = sorted(folder.rglob("*.yaml"))
+    return [path.relative_to(folder).with_suffix("").as_posix() for path in files]
 
 
 def unknown_key(key: str, words: Sequence[str], configs: Path) -> str:
