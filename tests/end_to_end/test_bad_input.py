@@ -118,6 +118,7 @@ TRIED = [
     ("decay_schedule=p_ramp decay_schedule.end=0", "decay_schedule.end=0: must be a number in"),
     ("decay_schedule=p_ramp decay_schedule.start=0", "decay_schedule.start=0.0: p must be"),
     ("data.rotation_degrees=200", "rotation_degrees must be in [0, 180], got 200"),
+    ("trainer.batch_size=1", "trainer.batch_size=1: must be at least 2, for a batch norm"),
     ("trainer.threads=0", "trainer.threads=0: must be auto or a whole number from 1 to 4096"),
     ("trainer.checkpoint_minutes=0", "trainer.checkpoint_minutes=0: must be a positive number"),
     # Sizes that cannot be had.

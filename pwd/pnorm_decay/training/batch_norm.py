@@ -1,18 +1,46 @@
-"""Running statistics of batch norms, estimated anew."""
+"""What batch norms need: values enough, and running statistics estimated anew."""
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
 
+from pnorm_decay.training.settings import ConfigError
+
 
 def batch_norms(model: nn.Module) -> list[nn.modules.batchnorm._BatchNorm]:
     """The model's batch norms that keep running statistics."""
     kind = nn.modules.batchnorm._BatchNorm
     return [m for m in model.modules() if isinstance(m, kind) and m.running_mean is not None]
+
+
+def check_one_image(model: nn.Module, image: Tensor) -> None:
+    """Refuses training on single images where a batch norm sees one value a channel of them.
+
+    Its output would not depend on the image. Whether it comes to that, the sizes of the image and
+    of the network decide: ResNet18 has four values a channel or more from images of 9 x 9 on.
+
+    Args:
+        model: any module; it and the random numbers stay as they are.
+        image: its input, a batch of one.
+
+    Raises:
+        ConfigError: it comes to that.
+    """
+    if not any(isinstance(m, nn.modules.batchnorm._BatchNorm) for m in model.modules()):
+        return
+    try:
+        copy.deepcopy(model).to("meta").train()(image.to("meta"))  # where nothing is computed
+    except ValueError as error:
+        raise ConfigError(
+            f"trainer.batch_size=1: must be at least 2, for a batch norm of this model: {error}"
+        ) from error
+    except Exception:  # a model that cannot be there
+        return
 
 
 @contextmanager

@@ -22,6 +22,7 @@ from pnorm_decay.data import Dataset
 from pnorm_decay.optim import TargetSparsity
 from pnorm_decay.sparsity import sparsity, zero_fraction
 from pnorm_decay.training import building, checkpoint, stopping
+from pnorm_decay.training.batch_norm import check_one_image
 from pnorm_decay.training.evaluation import (
     cross_entropy,
     decayed_count,
@@ -111,6 +112,8 @@ class Training:
         example = in_memory_format(
             data.train_batch(0, 2, self.seed)[0], self.settings.channels_last
         )
+        if self.settings.batch_size == 1:
+            check_one_image(model, example[:1])
         warmup = schedule.warmup(self.steps, per_epoch)
         shortened = schedule.shortened(self.steps, per_epoch)
         if shortened and accelerator.is_main_process:
