@@ -24,6 +24,7 @@ from rich.console import Console
 
 from pnorm_decay import SGDPWD, auxiliary, penalty
 from pnorm_decay.files import write_text
+from pnorm_decay.messages import one_line
 
 DEFAULT_OUTPUT = Path("results/toy/figure1.csv")
 
@@ -132,7 +133,7 @@ def main() -> None:
     try:
         write_text(args.output, table.to_csv(index=False, lineterminator="\n"))
     except OSError as error:
-        console.print(f"error: cannot write {args.output}: {error.strerror}")
+        console.print(f"error: cannot write {one_line(args.output)}: {error.strerror}")
         sys.exit(2)
     console.print(f"wrote {args.output}")
 

@@ -40,6 +40,7 @@ from bench_common import machine, memory, reset_peak_memory, write_rows
 from pnorm_decay import sparsity
 from pnorm_decay.deploy import compact, generate, save_sparse, sparse_inference
 from pnorm_decay.deploy.inference import InBfloat16, InParts
+from pnorm_decay.messages import one_line
 from pnorm_decay.models.gpt import GPT
 from pnorm_decay.models.resnet import ResNet18
 from pnorm_decay.optim import split_decayed
@@ -343,7 +344,7 @@ def main() -> None:
                 write_rows(arguments.output, rows)
                 torch.compiler.reset()
     except (ConfigError, OSError) as error:
-        console.print(f"error: {error}", markup=False)
+        console.print(f"error: {one_line(error)}", markup=False)
         sys.exit(2)
     console.print(f"{arguments.output}: {len(rows)} rows")
 

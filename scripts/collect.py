@@ -21,6 +21,7 @@ from rich.console import Console
 
 from pnorm_decay import records
 from pnorm_decay.files import write_changed
+from pnorm_decay.messages import one_line
 from pnorm_decay.training.tracking import METRICS_FILE, WEIGHTS_FILE
 
 SPARSE = 0.9
@@ -156,10 +157,10 @@ def main() -> None:
             anew=arguments.anew,
         )
     except (records.RecordError, OSError) as error:
-        console.print(f"error: {error}", markup=False)
+        console.print(f"error: {one_line(error)}", markup=False)
         sys.exit(2)
     for unreadable in broken:
-        console.print(f"error: {unreadable}", markup=False)
+        console.print(f"error: {one_line(unreadable)}", markup=False)
     if broken:
         if arguments.anew:
             console.print("nothing is written: --anew would lose the rows of these runs")

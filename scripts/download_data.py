@@ -15,6 +15,7 @@ from pathlib import Path
 from rich.console import Console
 
 from pnorm_decay.data import CIFAR10, DataError, TinyShakespeare
+from pnorm_decay.messages import one_line
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -61,9 +62,9 @@ def main() -> int:
     for dataset in datasets:
         try:
             file = dataset.prepare()
-        except DataError as error:
+        except (DataError, OSError) as error:
             failed = True
-            errors.print(str(error), style="red", markup=False)
+            errors.print(one_line(error), style="red", markup=False)
         else:
             console.print(f"{dataset.label}: ready, {file} ({megabytes(file)})", markup=False)
     return int(failed)

@@ -25,6 +25,7 @@ from rich.progress import track
 from pnorm_decay import records
 from pnorm_decay.data import DataError
 from pnorm_decay.files import write_text
+from pnorm_decay.messages import one_line
 from pnorm_decay.sparsity import structured_share
 from pnorm_decay.training.building import build_data, saved_network
 from pnorm_decay.training.evaluation import evaluate
@@ -128,7 +129,7 @@ def main() -> None:
             try:
                 row = evaluate_saved(network, result, device, precision)
             except (ConfigError, DataError) as error:
-                console.print(f"left out: {error}")
+                console.print(f"left out: {one_line(error)}")
                 left_out = True
                 continue
             record(path, row)
@@ -138,7 +139,7 @@ def main() -> None:
                 f"in the run {was['val_accuracy']:.2f} % ({was['device']})"
             )
     except (ConfigError, records.RecordError, OSError) as error:
-        console.print(f"error: {error}")
+        console.print(f"error: {one_line(error)}")
         sys.exit(2)
     sys.exit(2 if left_out else 0)
 

@@ -11,6 +11,7 @@ from rich.console import Console
 from pnorm_decay.figures.explorer import page
 from pnorm_decay.figures.loading import SCALES, load_all
 from pnorm_decay.files import write_text
+from pnorm_decay.messages import files_reported, one_line
 
 console = Console(highlight=False, soft_wrap=True, markup=False)
 
@@ -26,9 +27,10 @@ def main() -> None:
         write_text(path, page(experiments))
         console.print(f"wrote {path}: open it in a browser")
     for error in errors:
-        console.print(f"error: {error}")
+        console.print(f"error: {one_line(error)}")
     sys.exit(2 if errors else 0)
 
 
 if __name__ == "__main__":
-    main()
+    with files_reported(console):
+        main()

@@ -26,6 +26,7 @@ from rich.console import Console
 
 from pnorm_decay.data.cifar10 import ORIGINAL_ARCHIVE, ORIGINAL_FOLDER
 from pnorm_decay.data.text import TinyShakespeare
+from pnorm_decay.messages import one_line
 from pnorm_decay.training.provenance import COMMIT_FILE, git_commit
 
 REPOSITORY = Path(__file__).resolve().parents[1]
@@ -202,7 +203,7 @@ def main() -> None:
     try:
         bundle(arguments.folder, arguments.python, arguments.machine)
     except (BundleError, OSError) as error:
-        console.print(f"error: {error}", markup=False)
+        console.print(f"error: {one_line(error)}", markup=False)
         sys.exit(2)
 
 

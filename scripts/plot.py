@@ -17,6 +17,7 @@ from pnorm_decay.figures.frontier import frontier_figure
 from pnorm_decay.figures.loading import SCALES, Experiment, load_all
 from pnorm_decay.figures.methods import methods_figure
 from pnorm_decay.figures.style import save
+from pnorm_decay.messages import files_reported, one_line
 from pnorm_decay.records import RecordError, read_weights
 
 console = Console(highlight=False, soft_wrap=True, markup=False)
@@ -110,9 +111,10 @@ def main() -> None:
         if experiment.without:
             console.print(experiment.without)
     for error in errors:
-        console.print(f"error: {error}")
+        console.print(f"error: {one_line(error)}")
     sys.exit(2 if errors else 0)
 
 
 if __name__ == "__main__":
-    main()
+    with files_reported(console):
+        main()

@@ -12,6 +12,7 @@ from pnorm_decay.figures.loading import SCALES, Experiment, load_all
 from pnorm_decay.figures.tables import table1, table1_markdown, table2, table2_markdown
 from pnorm_decay.figures.targets import table3, table3_markdown
 from pnorm_decay.files import write_text
+from pnorm_decay.messages import files_reported, one_line
 
 console = Console(highlight=False, soft_wrap=True, markup=False)
 
@@ -52,9 +53,10 @@ def main() -> None:
         if experiment.without:
             console.print(experiment.without)
     for error in errors:
-        console.print(f"error: {error}")
+        console.print(f"error: {one_line(error)}")
     sys.exit(2 if errors else 0)
 
 
 if __name__ == "__main__":
-    main()
+    with files_reported(console):
+        main()

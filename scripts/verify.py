@@ -35,6 +35,7 @@ from pnorm_decay.data import DataError, Dataset
 from pnorm_decay.deploy import SparseFileError, load_sparse
 from pnorm_decay.figures.explorer import command
 from pnorm_decay.figures.loading import SCALES, Experiment, average_seeds, load_all
+from pnorm_decay.messages import files_reported, one_line
 from pnorm_decay.training.building import build_data, build_model
 from pnorm_decay.training.evaluation import evaluate
 from pnorm_decay.training.machine import make_accelerator
@@ -99,10 +100,10 @@ def verify(experiment: Experiment, longest: float) -> bool:
     try:
         recorded_data(settings_of(name, run), run)
     except DataError as error:
-        console.print(f"{name}: left out. {error}")
+        console.print(f"{name}: left out. {one_line(error)}")
         return True
     except ConfigError as error:
-        console.print(f"{name}: error: {error}")
+        console.print(f"{name}: error: {one_line(error)}")
         return False
     with tempfile.TemporaryDirectory() as folder:
         record = train(experiment, run, folder)
@@ -174,10 +175,10 @@ def verify_network(path: Path, experiments: list[Experiment]) -> bool:
             try:
                 now = evaluate_network(path, name, run)
             except DataError as error:
-                console.print(f"{path}: left out. {error}")
+                console.print(f"{path}: left out. {one_line(error)}")
                 return True
             except (ConfigError, SparseFileError, OSError) as error:
-                console.print(f"{path}: error: {error}")
+                console.print(f"{path}: error: {one_line(error)}")
                 return False
             return is_as_recorded(experiment, run, now)
     console.print(f"{path}: error: no recorded run has the id {path.stem}")
@@ -215,9 +216,10 @@ def main() -> None:
     networks = sorted((args.results / "networks").rglob("*.safetensors"))
     same += [verify_network(path, experiments) for path in networks]
     for error in errors:
-        console.print(f"error: {error}")
+        console.print(f"error: {one_line(error)}")
     sys.exit(2 if errors else 0 if all(same) else 1)
 
 
 if __name__ == "__main__":
-    main()
+    with files_reported(console):
+        main()

@@ -133,6 +133,8 @@ TRIED = [
     ("results_dir=''", "results_dir=: must be a folder"),
     ("experiment_name=../../elsewhere", "experiment_name=../../elsewhere: must be <scale>/<name>"),
     ("experiment_name=one", "experiment_name=one: must be <scale>/<name>"),
+    (f"runs_dir=/{'x' * 300}", f"File name too long: '/{'x' * 77}…"),
+    (f"data=cifar10 data.path=/{'xxxxxxxxx/' * 500}", "File name too long: '/xxxxxxxxx/"),
     # A method under a wrong name.
     ("pruning=spred optimizer.p=0.8", "pruning=spred has p=1 by L2 decay of what it trains"),
     ("pruning=dwf optimizer=proximal", "pruning=dwf has p=0.666667 by L2 decay"),

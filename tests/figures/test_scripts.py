@@ -117,3 +117,16 @@ def test_tables_are_written_both_tables_in_both_formats(run_program, results):
     assert table[0].startswith("method,p,runs,seeds,best_accuracy")
     assert table[1].startswith("pwd,0.5,6,1,95,")
     assert len(table) == 3
+
+
+@pytest.mark.parametrize("program", [PLOT, TABLES, "scripts/explorer.py"])
+def test_what_cannot_be_written_is_one_line(run_program, results, program):
+    for name in ("figures", "tables"):
+        (results / name).touch()
+    more = {PLOT: ["--format", "png"], TABLES: []}.get(
+        program, ["--output", str(results / "figures" / "page.html")]
+    )
+    done = run_program(program, "--results", str(results), *more)
+    assert done.code == 2
+    assert done.err == ""
+    assert "error: [Errno " in done.out.splitlines()[-1]

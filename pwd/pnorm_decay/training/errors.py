@@ -11,6 +11,7 @@ from hydra.errors import HydraException
 from omegaconf.errors import OmegaConfBaseException
 
 from pnorm_decay.data import DataError
+from pnorm_decay.messages import one_line
 from pnorm_decay.records import RecordError
 from pnorm_decay.training.progress import console
 from pnorm_decay.training.run import RunError, reason_of
@@ -30,7 +31,7 @@ def print_error(error: Exception) -> None:
         message = str(error)
     else:
         message = f"{reason_of(error)} (see {keep_frames(error)})"
-    console.print("error:", message, style="red")
+    console.print("error:", one_line(message), style="red")
 
 
 def keep_frames(error: BaseException) -> Path:

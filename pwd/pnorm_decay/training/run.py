@@ -18,6 +18,7 @@ from omegaconf import DictConfig
 
 from pnorm_decay import records, selection
 from pnorm_decay.data import DataError, Dataset
+from pnorm_decay.messages import one_line
 from pnorm_decay.training import checkpoint
 from pnorm_decay.training.building import build_data
 from pnorm_decay.training.claiming import LOCKS, claimed
@@ -160,7 +161,7 @@ def run(cfg: DictConfig) -> dict[str, Any] | None:
         if in_sweep():  # Hydra would tell of it only when the whole sweep has ended
             cause = error.__cause__ if isinstance(error, RunError) else error
             kind = "" if isinstance(cause, ConfigError | DataError) else f"{type(cause).__name__}: "
-            console.print(f"{sweep_position()}{name}failed: {kind}{cause}", style="red")
+            console.print(f"{sweep_position()}{name}failed: {kind}{one_line(cause)}", style="red")
             forget_frames(error)
             raise error
         raise
