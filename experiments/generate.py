@@ -26,7 +26,7 @@ from pnorm_decay.deploy import generate, load_sparse, sparse_inference
 from pnorm_decay.deploy.inference import SparseLinear
 from pnorm_decay.models.gpt import GPT
 from pnorm_decay.training import load_run
-from pnorm_decay.training.settings import ConfigError
+from pnorm_decay.training.settings import ConfigError, bearable
 
 
 def network_of(path: Path, heads: int | None) -> GPT:
@@ -79,9 +79,9 @@ def parse_arguments() -> argparse.Namespace:
 
 def main() -> None:
     arguments = parse_arguments()
-    if arguments.threads:
-        torch.set_num_threads(arguments.threads)
     try:
+        if arguments.threads:
+            torch.set_num_threads(bearable(arguments.threads, "--threads"))
         network = network_of(arguments.network, arguments.heads)
         vocabulary = vocabulary_of(network)
         if unknown := set(arguments.prompt) - set(vocabulary):

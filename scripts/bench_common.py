@@ -22,6 +22,7 @@ from torch.profiler import ProfilerActivity, profile
 
 from pnorm_decay import records
 from pnorm_decay.files import write_text
+from pnorm_decay.training.settings import ConfigError, bearable
 
 CONFIGS = Path(__file__).resolve().parents[1] / "configs"
 NO_KERNELS = ("Memcpy", "Memset", "Optimizer.", "ProfilerStep")  # of a profile's device events
@@ -59,6 +60,16 @@ def device_and_output(
     if device.type == "cuda" and arguments.output is None:
         parser.error("--output is needed on a GPU: what is recorded was measured on a CPU")
     return device, arguments.output or recorded
+
+
+def thread_count(text: str) -> int:
+    """A number of CPU threads from a command line, for ``argparse``."""
+    if not text.isdecimal() or int(text) == 0:
+        raise argparse.ArgumentTypeError(f"{text}: must be a positive whole number")
+    try:
+        return bearable(int(text), "--threads")
+    except ConfigError as error:
+        raise argparse.ArgumentTypeError(str(error)) from error
 
 
 def synchronize(device: torch.device) -> None:

@@ -40,6 +40,7 @@ from bench_common import (
     memory,
     reset_peak_memory,
     synchronize,
+    thread_count,
     write_rows,
 )
 from pnorm_decay import AdamPWD, param_groups
@@ -333,7 +334,7 @@ def main() -> None:
     parser.add_argument("--models", nargs="+", choices=MODELS, default=list(MODELS))
     parser.add_argument("--p", nargs="+", type=float, default=list(EXPONENTS))
     parser.add_argument("--repeats", type=int, default=31, help="timed steps of each optimizer")
-    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--threads", type=thread_count, default=torch.get_num_threads())
     parser.add_argument(
         "--output", type=Path, help="(default on a CPU: results/bench/optimizer.csv)"
     )

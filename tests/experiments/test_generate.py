@@ -64,6 +64,7 @@ def test_bad_inputs_are_one_line(run_program, run_folder, tmp_path_factory):
         ([str(run_folder), "--tokens", "-1"], "--tokens must be at least 0, not -1"),
         ([str(run_folder), "--temperature", "nan"], "--temperature must be at least 0, not nan"),
         ([str(run_folder), "--threads", "0"], "--threads must be at least 1, not 0"),
+        ([str(run_folder), "--threads", "1000000"], "--threads=1000000: must be at most "),
     ):
         done = run_program(GENERATE, *arguments)
         assert done.code == 2

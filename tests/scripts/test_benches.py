@@ -148,6 +148,15 @@ def test_kernels_are_counted_without_copies_and_marks(load):
     assert common.kernels_of(events) == 2
 
 
+@pytest.mark.parametrize(("count", "said"), [("0", "0: must be"), ("1000000", "must be at most")])
+@pytest.mark.parametrize("bench", ["bench_optimizer", "bench_inference"])
+def test_threads_that_no_machine_bears_are_refused(load, monkeypatch, capsys, bench, count, said):
+    monkeypatch.setattr(sys, "argv", ["bench", "--threads", count])
+    with pytest.raises(SystemExit):
+        load(bench).main()
+    assert said in capsys.readouterr().err.splitlines()[-1]
+
+
 @pytest.mark.parametrize("name", ["mps", "nosuch"])
 @pytest.mark.parametrize("bench", ["bench_optimizer", "bench_training"])
 def test_a_device_that_is_none_is_refused(load, monkeypatch, capsys, bench, name):
