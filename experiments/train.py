@@ -21,7 +21,7 @@ from omegaconf import DictConfig
 from pnorm_decay.training import stopping
 from pnorm_decay.training.command_line import check_choices, explained, flags_first
 from pnorm_decay.training.errors import print_error
-from pnorm_decay.training.progress import console, in_sweep, say_if_one_of_a_sweep
+from pnorm_decay.training.progress import console, in_sweep, is_first_process, say_if_one_of_a_sweep
 from pnorm_decay.training.run import run
 
 CONFIGS = Path(__file__).resolve().parents[1] / "configs"
@@ -57,5 +57,6 @@ if __name__ == "__main__":
             print_error(explained(error, sys.argv[1:], CONFIGS))
             sys.exit(2)
         except KeyboardInterrupt:
-            console.print("stopped; the same command goes on from the last checkpoint")
+            if is_first_process():
+                console.print("stopped; the same command goes on from the last checkpoint")
             sys.exit(130)

@@ -291,6 +291,12 @@ def test_a_sweep_tries_a_logger_that_cannot_be_used_once(run_program, tmp_path, 
     assert "WANDB_MODE=garbage" in done.err.splitlines()[-1]
 
 
+def test_a_sweep_is_not_shared_by_processes(train, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    done = train("-m", "seed=0,1")
+    assert_is_one_line(done, "-m: the processes that torchrun starts share a run")
+
+
 def test_a_link_to_itself_is_one_line(train, run_program, tmp_path):
     loop = tmp_path / "loop"
     loop.symlink_to(loop)

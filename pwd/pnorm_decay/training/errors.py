@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import tempfile
+import time
 import traceback
 from pathlib import Path
 
@@ -13,7 +14,8 @@ from omegaconf.errors import OmegaConfBaseException
 from pnorm_decay.data import DataError
 from pnorm_decay.messages import one_line
 from pnorm_decay.records import RecordError
-from pnorm_decay.training.progress import console
+from pnorm_decay.training import stopping
+from pnorm_decay.training.progress import console, is_first_process
 from pnorm_decay.training.run import RunError, reason_of
 from pnorm_decay.training.settings import ConfigError
 
@@ -21,10 +23,16 @@ from pnorm_decay.training.settings import ConfigError
 USER_ERRORS = (ConfigError, DataError, RecordError, RunError, OSError)
 # Hydra spreads a short message over many lines.
 CONFIG_ERRORS = (HydraException, OmegaConfBaseException)
+FIRST_SPEAKS_SECONDS = 10.0  # for which another process of the run leaves it to the first
 
 
 def print_error(error: Exception) -> None:
-    """Says in one line what went wrong; of what nobody foresaw, the frames are kept in a file."""
+    """Says in one line what went wrong; of what nobody foresaw, the frames are kept in a file.
+
+    Of the processes that do a run together, the first says what all of them found.
+    """
+    if _is_said_by_the_first():
+        return
     if isinstance(error, CONFIG_ERRORS):  # some of them are OSErrors too
         message = " ".join(f"{error} {error.__cause__ or ''}".split())
     elif isinstance(error, USER_ERRORS):
@@ -32,6 +40,18 @@ def print_error(error: Exception) -> None:
     else:
         message = f"{reason_of(error)} (see {keep_frames(error)})"
     console.print("error:", one_line(message), style="red")
+
+
+def _is_said_by_the_first() -> bool:
+    """Whether this process is ended because the first one of its run has ended, with the error."""
+    if is_first_process() or stopping.requested():
+        return False
+    end = time.monotonic() + FIRST_SPEAKS_SECONDS
+    while time.monotonic() < end:
+        if stopping.requested():  # by torchrun, which ends all when one has ended
+            return True
+        time.sleep(0.05)
+    return False
 
 
 def keep_frames(error: BaseException) -> Path:

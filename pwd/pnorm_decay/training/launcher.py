@@ -44,7 +44,7 @@ from pnorm_decay.training import sharing, stopping
 from pnorm_decay.training.progress import TOTAL, console
 from pnorm_decay.training.provenance import git_commit
 from pnorm_decay.training.run import LeftError, ProcessDiedError, RunError, measure, record_lost
-from pnorm_decay.training.settings import Settings, cores
+from pnorm_decay.training.settings import ConfigError, Settings, cores
 from pnorm_decay.training.tracking import LoggerError
 
 LOOK_SECONDS = 0.2  # between two looks at whether the sweep was asked to stop
@@ -194,6 +194,11 @@ def launch(
         ConfigError: a value is not what a run takes, or not the launcher's; none has begun.
         Stopped: the sweep was asked to stop; the runs that had begun have saved their states.
     """
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        raise ConfigError(
+            "-m: the processes that torchrun starts share a run, and a sweep starts its own; leave "
+            "torchrun out, or add hydra/launcher=basic, which does one run after the other"
+        )
     sweep.check(overrides)
     setup_globals()
     on_cpu = OmegaConf.select(sweep.config, "trainer.device") == "cpu"

@@ -39,6 +39,11 @@ class StandardError:
 console = Console(file=StandardError(), highlight=False, soft_wrap=True, markup=False)  # type: ignore[arg-type]
 
 
+def is_first_process() -> bool:
+    """Whether this process speaks for those that do a run together, as torchrun starts them."""
+    return os.environ.get("RANK", "0") == "0"
+
+
 def in_sweep() -> bool:
     """Whether this run is a job of a multirun."""
     return HydraConfig.initialized() and HydraConfig.get().mode == RunMode.MULTIRUN

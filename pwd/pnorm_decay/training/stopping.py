@@ -14,7 +14,7 @@ from collections.abc import Iterator
 from types import FrameType
 from typing import Any
 
-from pnorm_decay.training.progress import console
+from pnorm_decay.training.progress import console, is_first_process
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 # One Ctrl-C may arrive twice: from the terminal, and from a program that passes it on.
@@ -88,7 +88,7 @@ def _on_signal(number: int, frame: FrameType | None) -> None:
     now = time.monotonic()
     if _since is None:
         _since = now
-        if not is_worker():
+        if not is_worker() and is_first_process():
             with contextlib.suppress(OSError):  # a terminal that has hung up
                 console.print("stopping when the state is saved; Ctrl-C again stops at once")
     elif number == signal.SIGINT and now - _since > DOUBLE_SECONDS and not is_worker():
