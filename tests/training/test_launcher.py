@@ -84,10 +84,11 @@ def test_what_happens_to_one_process_costs_no_other_run(start):
     assert after not in (stopped, killed, failing)  # the next has a process that never failed
     sweep.let(3)
     assert sweep.process(4) == after  # which goes on as long as all is well
-    sweep.let(0)
     sweep.let(4)
+    sweep.let(0, "fail")
     code, log = sweep.end()
     assert code != 0
+    assert log.endswith("RuntimeError: out of memory\n")  # of run 0, though run 1 ended before it
     assert sweep.saved() == {"0"}
     assert f"process {stopped} was asked to stop; a new one goes on" in log
     assert (
