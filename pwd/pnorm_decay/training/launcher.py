@@ -170,6 +170,69 @@ def close_idle() -> None:
         _idle.pop().close()
 
 
+class Runs:
+    """The runs of a sweep, and the processes that do them.
+
+    Args:
+        sweep: what the runs have in common.
+        overrides: of each run.
+        first: the number of the first run.
+
+    Attributes:
+        left: those that are to be started.
+        busy: the processes, each with the run that it does.
+        done_elsewhere: those that other processes do, with the locks that tell how long.
+        ended: how the others ended, by their places.
+    """
+
+    def __init__(self, sweep: Sweep, overrides: Sequence[Sequence[str]], first: int) -> None:
+        self.sweep, self.first = sweep, first
+        self.common = cloudpickle.dumps((sweep, Singleton.get_state()))
+        self.left = collections.deque(enumerate(overrides))
+        self.busy: dict[Worker, Job] = {}
+        self.done_elsewhere: list[tuple[Path, Job]] = []
+        self.ended: dict[int, JobReturn] = {}
+
+    def start_next(self) -> None:
+        """Has a process do the first that is left."""
+        place, words = job = self.left.popleft()
+        self.busy[_start(self.common, self.first + place, words)] = job
+
+    def ready(self) -> list[Worker]:
+        """The processes whose runs have ended; waits a moment for one."""
+        connections = [worker.connection for worker in self.busy]
+        ready = multiprocessing.connection.wait(connections, timeout=LOOK_SECONDS)
+        return [worker for worker in self.busy if worker.connection in ready]
+
+    def settle(self, worker: Worker) -> None:
+        """Notes how a process's run has ended, and keeps the process or lets it go."""
+        place, words = job = self.busy.pop(worker)
+        try:
+            result = worker.result()
+        except ProcessDiedError as error:
+            if not stopping.requested():
+                lost = functools.partial(record_lost, cause=error)
+                self.ended[place] = self.sweep.run(self.first + place, words, lost)
+            return
+        lock = lock_of_another(result)
+        if lock is not None:
+            self.done_elsewhere.append((lock, job))
+        elif result is not None:
+            self.ended[place] = result
+        elif not stopping.requested():
+            self.left.appendleft(job)
+            pid = worker.process.pid
+            console.print(f"process {pid} was asked to stop; a new one goes on for it")
+        if result is not None and self.left and logging_failed(result):
+            console.print(f"the other {len(self.left)} runs are left out, for the same reason")
+            self.left.clear()
+        # After a failure, such as a full memory, a process may not be what it was.
+        if lock or (result and result.status == JobStatus.COMPLETED):
+            _idle.append(worker)
+        else:
+            worker.close()
+
+
 def launch(
     sweep: Sweep,
     overrides: Sequence[Sequence[str]],
@@ -201,63 +264,42 @@ def launch(
         )
     sweep.check(overrides)
     setup_globals()
+    at_once = how_many_at_once(sweep, overrides, first, n_jobs, runs_per_gpu)
+    runs = Runs(dataclasses.replace(sweep, at_once=at_once), overrides, first)
+    told = False  # the workers, to stop
+    try:
+        while runs.busy or ((runs.left or runs.done_elsewhere) and not stopping.requested()):
+            runs.left.extend(_take_free(runs.done_elsewhere))
+            while runs.left and len(runs.busy) < at_once and not stopping.requested():
+                runs.start_next()
+            if stopping.requested() and not told:
+                told = True
+                for worker in runs.busy:
+                    worker.process.terminate()
+            for worker in runs.ready():
+                runs.settle(worker)
+    finally:
+        for worker in runs.busy:  # an error, or a second Ctrl-C, which stops at once
+            worker.process.kill()
+    if stopping.requested():
+        raise stopping.Stopped
+    return [runs.ended[place] for place in sorted(runs.ended)]
+
+
+def how_many_at_once(
+    sweep: Sweep,
+    overrides: Sequence[Sequence[str]],
+    first: int,
+    n_jobs: object,
+    runs_per_gpu: object,
+) -> int:
+    """How many runs are done beside each other, by the launcher's settings or a measurement."""
     on_cpu = OmegaConf.select(sweep.config, "trainer.device") == "cpu"
     gpus = 0 if on_cpu else torch.cuda.device_count()
     at_once = sharing.how_many(n_jobs, runs_per_gpu, gpus, cores())
     if at_once is None:
         at_once = gpus * (measured(sweep, overrides, first) if len(overrides) > gpus else 1)
-    sweep = dataclasses.replace(sweep, at_once=at_once)
-    common = cloudpickle.dumps((sweep, Singleton.get_state()))
-    left = collections.deque(enumerate(overrides))
-    busy: dict[Worker, Job] = {}
-    done_elsewhere: list[tuple[Path, Job]] = []  # with the locks that tell how long
-    ended: dict[int, JobReturn] = {}
-    told = False  # the workers, to stop
-    try:
-        while busy or ((left or done_elsewhere) and not stopping.requested()):
-            left.extend(_take_free(done_elsewhere))
-            while left and len(busy) < at_once and not stopping.requested():
-                job = left.popleft()
-                busy[_start(common, first + job[0], job[1])] = job
-            if stopping.requested() and not told:
-                told = True
-                for worker in busy:
-                    worker.process.terminate()
-            ready = multiprocessing.connection.wait(
-                [worker.connection for worker in busy], timeout=LOOK_SECONDS
-            )
-            for worker in [worker for worker in busy if worker.connection in ready]:
-                job = busy.pop(worker)
-                try:
-                    result = worker.result()
-                except ProcessDiedError as error:
-                    if not stopping.requested():
-                        lost = functools.partial(record_lost, cause=error)
-                        ended[job[0]] = sweep.run(first + job[0], job[1], lost)
-                    continue
-                lock = lock_of_another(result)
-                if lock is not None:
-                    done_elsewhere.append((lock, job))
-                elif result is not None:
-                    ended[job[0]] = result
-                elif not stopping.requested():
-                    left.appendleft(job)
-                    pid = worker.process.pid
-                    console.print(f"process {pid} was asked to stop; a new one goes on for it")
-                if result is not None and left and logging_failed(result):
-                    console.print(f"the other {len(left)} runs are left out, for the same reason")
-                    left.clear()
-                # After a failure, such as a full memory, a process may not be what it was.
-                if lock or (result and result.status == JobStatus.COMPLETED):
-                    _idle.append(worker)
-                else:
-                    worker.close()
-    finally:
-        for worker in busy:  # an error, or a second Ctrl-C, which stops at once
-            worker.process.kill()
-    if stopping.requested():
-        raise stopping.Stopped
-    return [ended[number] for number in sorted(ended)]
+    return at_once
 
 
 def measured(sweep: Sweep, overrides: Sequence[Sequence[str]], first: int) -> int:
