@@ -70,6 +70,14 @@ def build_data(settings: Settings) -> Dataset:
     return build("data", settings.data)
 
 
+def set_up_data(data: Dataset, device: torch.device) -> None:
+    """As ``Dataset.setup``; options that do not fit the data are a ConfigError."""
+    try:
+        data.setup(device)
+    except ValueError as error:
+        raise config_error("data", error) from error
+
+
 def build_model(settings: Settings, data: Dataset) -> nn.Module:
     """A freshly drawn model, on the CPU, for a data set that is set up."""
     return build("model", settings.model, **data.model_args)

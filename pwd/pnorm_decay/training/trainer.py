@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from accelerate import Accelerator
 from accelerate.utils import gather_object, set_seed
-from torch import Tensor
+from torch import Tensor, nn
 
 from pnorm_decay.data import Dataset
 from pnorm_decay.optim import TargetSparsity
@@ -93,19 +93,10 @@ class Training:
         self.method = building.build_method(settings)
         building.check_optimizer(settings.optimizer)
         check_share(self.settings.batch_size, accelerator.num_processes)
-        try:
-            data.setup(accelerator.device)
-        except ValueError as error:
-            raise building.config_error("data", error) from error
+        building.set_up_data(data, accelerator.device)
 
         building.check_memory(settings, data)
-        set_seed(self.seed)
-        model = building.build_model(settings, data).to(accelerator.device)
-        if accelerator.num_processes > 1:
-            model = share_batch_norm(model, accelerator.device)
-        if self.settings.channels_last:
-            check_channels_last(model, accelerator.device)
-            model = model.to(memory_format=torch.channels_last)
+        model = drawn_model(settings, data, accelerator)
         per_epoch = building.steps_per_epoch(data, self.settings.batch_size)
         self.steps = self.settings.total_steps(per_epoch)
         self.eval_every = self.settings.evaluation_interval(self.steps, per_epoch)
@@ -330,6 +321,19 @@ def take_step(run: Training) -> None:
     if not run.settings.cuda_graphs:  # which write the gradients where they were, anew
         run.optimizer.zero_grad()
     run.advance(loss)
+
+
+def drawn_model(settings: Settings, data: Dataset, accelerator: Accelerator) -> nn.Module:
+    """The model with the weights that the run's seed draws, on its device, in its memory format."""
+    device = accelerator.device
+    set_seed(settings.seed)
+    model = building.build_model(settings, data).to(device)
+    if accelerator.num_processes > 1:
+        model = share_batch_norm(model, device)
+    if settings.trainer.channels_last:
+        check_channels_last(model, device)
+        model = model.to(memory_format=torch.channels_last)
+    return model
 
 
 def seed_process(seed: int, process: int) -> None:
