@@ -128,7 +128,8 @@ def record(scale: str, overrides: list[str], *, whole: bool) -> None:
         sys.exit(code)
 
 
-def main() -> None:
+def make_parser() -> argparse.ArgumentParser:
+    """What reads the command line up to ``--``."""
     files = (CONFIGS / "experiment").glob("*/*.yaml")
     scales = sorted({path.parent.name for path in files if "sweeps" in read(path)})
     parser = argparse.ArgumentParser(
@@ -153,7 +154,11 @@ def main() -> None:
         action="store_true",
         help="all, recorded in results/: first the sweeps, then the best runs with other seeds",
     )
-    words = sys.argv[1:]
+    return parser
+
+
+def main() -> None:
+    parser, words = make_parser(), sys.argv[1:]
     end = words.index("--") if "--" in words else len(words)
     arguments, overrides = parser.parse_args(words[:end]), words[end + 1 :]
     if arguments.workers is not None:

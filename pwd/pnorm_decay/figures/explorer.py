@@ -39,6 +39,18 @@ CHOICES = {
     "spred": "optimizer=adamw pruning=spred",
 }
 WITH_P = {"coupled", "exact", "exact_target", "proximal", "pwd", "pwd_target", "sgd_pwd"}
+# What the page tells of a point: Vega-Lite's fields with their types, and d3's formats.
+TOLD = {
+    "method:N": "",
+    "p:Q": ".4~g",
+    "lambda_p:Q": ".4~g",
+    "lr:Q": ".4~g",
+    "target:Q": ".4~g",
+    "seed:Q": "d",
+    "sparsity:Q": ".5f",
+    "accuracy:Q": ".2f",
+    "run:N": "",
+}
 
 
 def command(experiment: str, row: Mapping[Any, Any]) -> str | None:
@@ -110,20 +122,7 @@ def charts() -> dict[str, Any]:
     alt.data_transformers.disable_max_rows()
     brush = alt.selection_interval(name="brush")
     legend = alt.selection_point(name="legend", fields=["method"], bind="legend")
-    hover = [
-        alt.Tooltip(f"{field}:{kind}", format=form)
-        for field, kind, form in (
-            ("method", "N", ""),
-            ("p", "Q", ".4~g"),
-            ("lambda_p", "Q", ".4~g"),
-            ("lr", "Q", ".4~g"),
-            ("target", "Q", ".4~g"),
-            ("seed", "Q", "d"),
-            ("sparsity", "Q", ".5f"),
-            ("accuracy", "Q", ".2f"),
-            ("run", "N", ""),
-        )
-    ]
+    hover = [alt.Tooltip(field, format=form) for field, form in TOLD.items()]
     runs = alt.Chart(alt.NamedData(name="runs")).mark_point(filled=True, size=45, cursor="pointer")
     sparsities = {0: "0", 0.30103: "0.5", 0.69897: "0.8", 1: "0.9", 1.30103: "0.95", 2: "0.99"}
     sparsities |= {3: "0.999", 4: "0.9999", 5: "1"}
