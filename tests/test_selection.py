@@ -50,12 +50,13 @@ def test_worth_repeating_at_targets():
         told("pwd_target", 0.9, 91.0, "pwd at 0.9"),
         told("pwd_target", 0.9, 90.0, lr=1e-2),
         told("pwd_target", 0.9, 99.0, seed=1),
+        told("pwd_target", 0.99, None),  # diverged, the only one there
         told("magnitude", 0.9, 80.0),
         told("magnitude_global", 0.9, 81.0, "IMP at 0.9"),
     ]
-    chosen = selection.worth_repeating(frame(rows[:4]))
+    chosen = selection.worth_repeating(frame(rows[:5]))
     assert chosen == {"pwd at 0.5", "pwd at 0.9"}
-    assert selection.best_at_target(frame(rows[4:]))["run_id"].tolist() == ["IMP at 0.9"]
+    assert selection.best_at_target(frame(rows[5:]))["run_id"].tolist() == ["IMP at 0.9"]
     assert "IMP at 0.9" in selection.worth_repeating(frame(rows))
 
 

@@ -133,6 +133,19 @@ def test_a_resumed_run_is_the_uninterrupted_one(device: torch.device, stop: int)
         assert torch.equal(one, other)
 
 
+def test_nothing_decays_before_the_way_begins() -> None:
+    model = network()
+    optimizer = AdamPWD(param_groups(model, p=0.8, lambda_p=1.0), lr=1e-2)
+    target = TargetSparsity(optimizer, 0.9, steps=200, begin=0.5, end=0.75)
+    train(model, optimizer, target, 90)
+    assert target.get_last_value() == [0, 0]
+    assert target.wanted() == 0
+    train(model, optimizer, target, 120, begin=90)
+    assert target.get_last_value()[0] > 0
+    train(model, optimizer, target, 200, begin=120)
+    assert abs(density_error(model, 0.9)) < 0.03
+
+
 def test_groups_that_are_replaced_are_still_steered() -> None:
     """As accelerate's prepare does, by loading the optimizer's own state."""
     model = network()
