@@ -55,6 +55,19 @@ def test_a_sweep_is_done_and_recorded_once_and_what_is_missing_again(
     assert "result.json is not valid JSON" in broken.err
 
 
+def test_ctrl_c_stops_all_sweeps(run_program, command, monkeypatch):
+    begun = []
+
+    def interrupted(run, accelerator):
+        begun.append(run.id)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("pnorm_decay.training.run.train_and_record", interrupted)
+    two = [*command[: command.index("sgd")], "adamw", *command[command.index("sgd") :]]
+    done = run_program(*two)
+    assert (done.code, len(begun)) == (130, 1)
+
+
 def test_the_best_runs_are_repeated_and_recorded(run_program, tmp_path):
     places = [f"runs_dir={tmp_path / 'runs'}", f"results_dir={tmp_path / 'results'}"]
     tiny = ["data=pydoc_topics", "model.n_layer=1", "model.n_embd=8", "trainer.steps=2"]
