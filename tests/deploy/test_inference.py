@@ -112,6 +112,20 @@ def test_linear_is_torch_s(columns, rows, tokens, share, number, seed):
     assert torch.equal(sparse.weight, linear.weight)
 
 
+@pytest.mark.parametrize("relu", [False, True])
+def test_what_is_computed_densely_has_its_residual_too(relu):
+    conv = sparsened(nn.Conv2d(2, 3, 3, padding=1), 0.5)
+    sparse = SparseConv2d(conv, conv.padding)
+    sparse.relu = relu
+    with torch.no_grad():
+        for x in (torch.randn(2, 5, 5), torch.full((1, 2, 5, 5), torch.inf)):
+            plain = conv(x)
+            residual = torch.randn(plain.shape)
+            exact = plain + residual
+            expected = exact.relu() if relu else exact
+            torch.testing.assert_close(sparse(x, residual), expected, equal_nan=True)
+
+
 def test_a_row_wider_than_16_bits_count():
     linear = sparsened(nn.Linear(70_000, 3), 0.9)
     x = torch.randn(70_000)
