@@ -70,9 +70,9 @@ def start(folder: Path, stop_at: int | None, *more: str) -> list[ForkProcess]:
     return ranks
 
 
-def two_processes(folder: Path, stop_at: int | None = None) -> list[int | None]:
+def two_processes(folder: Path, stop_at: int | None = None, *more: str) -> list[int | None]:
     """Their exit statuses."""
-    ranks = start(folder, stop_at)
+    ranks = start(folder, stop_at, *more)
     for process in ranks:
         process.join()
     return [process.exitcode for process in ranks]
@@ -106,6 +106,10 @@ def test_two_processes_stop_and_go_on_together(run_program, tmp_path, capfd):
 
     assert two_processes(stopped) == [0, 0]
     assert record(stopped) == record(whole)
+    capfd.readouterr()
+    assert two_processes(stopped, None, "sweep=pwd") == [0, 0]
+    said = capfd.readouterr().err
+    assert said.count("already complete") == said.count("this was one run") == 1
     assert drawn(stopped, 1, 23) == drawn(whole, 1, 23)
 
     done = run_program("experiments/train.py", *ARGUMENTS, f"runs_dir={alone}")

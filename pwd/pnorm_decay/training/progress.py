@@ -51,7 +51,9 @@ def in_sweep() -> bool:
 
 def say_if_one_of_a_sweep() -> None:
     """Says after a single run that a sweep was chosen, which takes -m to be done."""
-    if not in_sweep() and HydraConfig.get().sweeper.get("params"):
+    if in_sweep() or not is_first_process():
+        return
+    if HydraConfig.get().sweeper.get("params"):
         choice = HydraConfig.get().runtime.choices["sweep"]
         console.print(f"this was one run; with -m, sweep={choice} does all of its runs")
 

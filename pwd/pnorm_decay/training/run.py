@@ -34,6 +34,7 @@ from pnorm_decay.training.machine import make_accelerator, prepare_process
 from pnorm_decay.training.progress import (
     console,
     in_sweep,
+    is_first_process,
     run_line,
     summary_table,
     sweep_position,
@@ -173,7 +174,8 @@ def _run(run: Run) -> dict[str, Any] | None:
         return None
     record = finished_record(run)
     if record is not None:
-        console.print(run_line(run.name, record, already_complete=True))
+        if is_first_process():
+            console.print(run_line(run.name, record, already_complete=True))
         return record
 
     device = own_gpu(settings.trainer.resolve_device())
