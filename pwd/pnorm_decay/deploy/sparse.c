@@ -292,13 +292,13 @@ int multiply(const Matrix *m, const float *in, float *out, int threads) {
 }
 
 /* models/gpt.py's network, one token at a time: in Python, everything between the products takes
- * longer than they do. */
+ * longer than they do. `compact` leaves heads with fewer values than keys, and narrower MLPs. */
 typedef struct {
   const float *scale1, *shift1, *scale2, *shift2; /* of the layer norms; a shift may be null */
   Matrix qkv, mixed, up, down;
 } Layer;
 typedef struct {
-  integer layers, width, heads, hidden, context, vocabulary;
+  integer layers, width, heads, context, vocabulary;
   const float *tokens, *positions, *scale, *shift; /* embeddings, the last layer norm */
   const Layer *layer;
   float *cache; /* (layers, keys or values, heads, context, width / heads) */
@@ -326,27 +326,28 @@ static float dot(const float *a, const float *b, integer count) {
 }
 
 /* One head: the position's key and value join the cache, and what it attends to is the output. */
-static void attend(const float *qkv, integer width, integer size, float *keys, float *values,
-                   integer position, float *weights, float *out) {
-  memcpy(keys + position * size, qkv + width, (size_t)size * sizeof(float));
-  memcpy(values + position * size, qkv + 2 * width, (size_t)size * sizeof(float));
+static void attend(const float *query, const float *key, const float *value, integer size,
+                   integer value_size, float *keys, float *values, integer position,
+                   float *weights, float *out) {
+  memcpy(keys + position * size, key, (size_t)size * sizeof(float));
+  memcpy(values + position * size, value, (size_t)value_size * sizeof(float));
   float scale = 1 / sqrtf((float)size), largest = -INFINITY, sum = 0;
   for (integer t = 0; t <= position; t++) {
-    weights[t] = scale * dot(qkv, keys + t * size, size);
+    weights[t] = scale * dot(query, keys + t * size, size);
     largest = weights[t] > largest ? weights[t] : largest;
   }
   for (integer t = 0; t <= position; t++) weights[t] = exponential(weights[t] - largest);
   for (integer t = 0; t <= position; t++) sum += weights[t];
-  memset(out, 0, (size_t)size * sizeof(float));
+  memset(out, 0, (size_t)value_size * sizeof(float));
   for (integer t = 0; t <= position; t++)
-    for (integer i = 0; i < size; i++) out[i] += weights[t] / sum * values[t * size + i];
+    for (integer i = 0; i < value_size; i++) out[i] += weights[t] / sum * values[t * size + i];
 }
 
 /* The logits of the token after the one at `position`, whose key and value join the cache. */
 void decode(const Decoder *d, integer token, integer position, float *logits, int threads) {
   integer width = d->width, size = width / d->heads;
   float *x = d->memory, *normed = x + width, *mixed = normed + width, *qkv = mixed + width;
-  float *hidden = qkv + 3 * width, *weights = hidden + d->hidden;
+  float *weights = qkv + 3 * width, *hidden = weights + d->heads * d->context;
 #pragma omp parallel num_threads(threads) if (threads > 1)
   {
 #pragma omp for
@@ -354,14 +355,16 @@ void decode(const Decoder *d, integer token, integer position, float *logits, in
       x[i] = d->tokens[token * width + i] + d->positions[position * width + i];
     for (integer n = 0; n < d->layers; n++) {
       const Layer *layer = d->layer + n;
+      integer value_size = layer->mixed.columns / d->heads;
 #pragma omp single
       norm(x, layer->scale1, layer->shift1, width, normed);
       product(&layer->qkv, normed, qkv, SET);
 #pragma omp for
       for (integer h = 0; h < d->heads; h++) {
         float *keys = d->cache + (2 * n * d->heads + h) * d->context * size;
-        attend(qkv + h * size, width, size, keys, keys + d->heads * d->context * size, position,
-               weights + h * d->context, mixed + h * size);
+        attend(qkv + h * size, qkv + width + h * size, qkv + 2 * width + h * value_size, size,
+               value_size, keys, keys + d->heads * d->context * size, position,
+               weights + h * d->context, mixed + h * value_size);
       }
       product(&layer->mixed, mixed, x, ADD);
 #pragma omp single
