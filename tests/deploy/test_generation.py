@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from deploy.test_inference import everything_sparse, sparsened
-from pnorm_decay.deploy import compact, generate, generation, sparse_inference
+from pnorm_decay.deploy import compact, generate, generation, inference, sparse_inference
 from pnorm_decay.deploy.inference import InBfloat16, SparseLinear
 from pnorm_decay.models.gpt import GPT
 
@@ -158,6 +158,18 @@ def test_a_network_that_writes_is_chosen_by_the_time_that_takes():
     assert generation.compiled_step(fast, fast.new_cache())
 
 
+def test_what_writes_is_never_wrapped_in_bf16(monkeypatch):
+    def timed(runs):
+        assert list(runs) == ["dense", "one call a token"]
+        return {"dense": 1.0, "one call a token": 2.0}
+
+    monkeypatch.setattr(inference, "_alternate", timed)
+    model, token = network(0.9), torch.zeros(1, 1, dtype=torch.long)
+    with pytest.warns(UserWarning, match="dense is fastest here"):
+        fast = sparse_inference(model, token, allow_bf16=True)
+    assert next(generate(fast, torch.tensor([1]), 1)) < 13
+
+
 @pytest.mark.parametrize(
     ("prompt", "options", "message"),
     [
@@ -174,3 +186,8 @@ def test_bad_inputs(prompt, options, message):
     tokens = torch.tensor(prompt, dtype=torch.long)
     with pytest.raises(ValueError, match=message):
         next(generate(network(0), tokens, **({"count": 3} | options)))
+
+
+def test_other_models_write_no_text():
+    with pytest.raises(TypeError, match="with a GPT, not with a InBfloat16"):
+        next(generate(InBfloat16(network(0)), torch.tensor([1]), 3))

@@ -74,8 +74,11 @@ def generate(
         Each token as soon as it is known.
 
     Raises:
+        TypeError: the model is no `GPT`.
         ValueError: the prompt is empty, holds no token of the model's, or a number is negative.
     """
+    if not isinstance(model, GPT):
+        raise TypeError(f"generate writes with a GPT, not with a {type(model).__name__}")
     vocabulary, context = model.token_embedding.num_embeddings, model.block_size
     text = prompt.tolist()
     if prompt.ndim != 1 or not text or not 0 <= min(text) <= max(text) < vocabulary:
