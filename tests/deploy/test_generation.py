@@ -141,7 +141,10 @@ def test_only_sparse_networks_of_this_form_are_compiled():
     kept = fast.blocks[2].mlp.proj
     fast.blocks[2].mlp.proj = InBfloat16(torch.nn.Linear(96, 24))
     assert generation.compiled_step(fast, fast.new_cache()) is None
-    fast.blocks[2].mlp.proj = kept
+    wide = torch.nn.Linear(24, 70_000), torch.nn.Linear(70_000, 24)  # places have 16 bits
+    kept_fc, (fast.blocks[2].mlp.fc, fast.blocks[2].mlp.proj) = fast.blocks[2].mlp.fc, wide
+    assert generation.compiled_step(fast, fast.new_cache()) is None
+    fast.blocks[2].mlp.fc, fast.blocks[2].mlp.proj = kept_fc, kept
     for values in (22, 23, 26):  # fewer are all right, if each head has as many
         fast.blocks[0].attention.qkv = torch.nn.Linear(24, 48 + values)
         assert generation.compiled_step(fast, fast.new_cache()) is None

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from pnorm_decay.deploy.inference import (
+    MOST_COLUMNS,
     Matrix,
     Nonzeros,
     SparseLinear,
@@ -138,7 +139,8 @@ def _has_known_form(linears: list[Any], width: int, heads: int) -> bool:
     shapes = [tuple(layer.weight.shape) for layer in linears]
     values, hidden = shapes[1][1], shapes[2][0]
     known = [(2 * width + values, width), (width, values), (hidden, width), (width, hidden)]
-    return shapes == known and values <= width and values % heads == 0
+    is_small = values <= width and max(width, hidden) <= MOST_COLUMNS
+    return shapes == known and is_small and values % heads == 0
 
 
 class _CompiledStep:

@@ -36,6 +36,7 @@ __all__ = ["SparseConv2d", "SparseLinear", "sparse_inference"]
 SOURCE = Path(__file__).with_name("sparse.c")
 FEWEST_ZEROS = 0.4  # a layer with a smaller share of zeros is not tried
 LANES = 16  # as in sparse.c
+MOST_COLUMNS = 1 << 16  # of a Matrix: its places have 16 bits
 CHUNK = 128  # tokens done at a time
 PART = 1 << 18  # elements of a part of the input, to stay in the cache: 1 MiB
 WEIGHTS_A_THREAD = 100_000  # at least, in the product with one vector
@@ -68,7 +69,7 @@ class Matrix(ctypes.Structure):
     """A matrix for one vector at a time, as in sparse.c."""
 
     _fields_ = (
-        *((name, ctypes.c_int64) for name in ("rows", "columns", "is_wide")),
+        *((name, ctypes.c_int64) for name in ("rows", "columns")),
         *((name, ctypes.c_void_p) for name in ("ends", "values", "places", "order", "bias")),
     )
 
@@ -241,7 +242,7 @@ def _linear(x: Tensor, nonzeros: Nonzeros, bias: Tensor | None, columns: int) ->
     if x.ndim and x.shape[-1] == columns and _is_fast(x, nonzeros.values):
         flat = x.reshape(-1, columns).contiguous()
         out = x.new_empty(*x.shape[:-1], len(nonzeros.ends))
-        product = _product if len(flat) == 1 else _products
+        product = _product if len(flat) == 1 and columns <= MOST_COLUMNS else _products
         if product(flat, nonzeros, bias, out):
             return out
     return F.linear(x, nonzeros.dense(len(nonzeros.ends), columns), bias)
@@ -275,17 +276,14 @@ def matrix_of(nonzeros: Nonzeros, columns: int, bias: Tensor | None) -> tuple[Ma
     nth = torch.arange(len(values)) - (ends - counts)[row]
     at = ((slice_ends - lengths)[rank[row] // LANES] + nth) * LANES + rank[row] % LANES
     filled = int(lengths.sum()) * LANES
-    is_wide = columns > 1 << 16
     tensors = [
         slice_ends,
         values.new_zeros(filled).index_copy_(0, at, values),
-        torch.zeros(filled, dtype=torch.int32)
-        .index_copy_(0, at, places)
-        .to(torch.int32 if is_wide else torch.int16),
+        torch.zeros(filled, dtype=torch.int16).index_copy_(0, at, places.to(torch.int16)),
         F.pad(order, (0, -rows % LANES), value=-1).int(),
     ]
     where = [tensor.data_ptr() for tensor in tensors]
-    return Matrix(rows, columns, is_wide, *where, _address(bias)), tensors
+    return Matrix(rows, columns, *where, _address(bias)), tensors
 
 
 def _products(x: Tensor, nonzeros: Nonzeros, bias: Tensor | None, out: Tensor) -> bool:
