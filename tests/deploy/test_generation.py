@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from deploy.test_inference import everything_sparse, sparsened
-from pnorm_decay.deploy import generate, generation, sparse_inference
+from pnorm_decay.deploy import compact, generate, generation, inference, sparse_inference
 from pnorm_decay.deploy.inference import InBfloat16, SparseLinear
 from pnorm_decay.models.gpt import GPT
 
@@ -84,6 +84,34 @@ def test_compiled_logits_are_the_network_s(monkeypatch, threads):
         torch.testing.assert_close(step(token, position), expected[position], rtol=1e-4, atol=1e-4)
 
 
+def compacted(bias: bool) -> GPT:
+    """A network whose layers lost different numbers of neurons and of value dimensions."""
+    model = network(0.5, bias)
+    with torch.no_grad():
+        for number, block in enumerate(model.blocks):
+            block.mlp.fc.weight[: 20 * number + 7] = 0
+            values = block.attention.qkv.weight[48:].view(2, 12, 24)
+            values[:, 11 - 5 * number :] = 0
+    small = compact(model, torch.randint(13, (2, 10)))
+    shapes = [tuple(block.attention.proj.weight.shape) for block in small.blocks]
+    assert shapes == [(24, 22), (24, 12), (24, 2)]
+    assert [len(block.mlp.fc.weight) for block in small.blocks] == [89, 69, 49]
+    return small
+
+
+@pytest.mark.parametrize("bias", [False, True])
+def test_a_compacted_network_writes_the_same_text(bias):
+    model = compacted(bias)
+    fast = everything_sparse(model, torch.zeros(1, 1, dtype=torch.long))
+    assert generation.compiled_step(fast, fast.new_cache())
+    with torch.no_grad():
+        expected = recomputed(model, [1, 2, 3], 30)
+    assert len(set(expected)) > 5
+    for either in (model, fast):
+        stream = torch.Generator().manual_seed(5)
+        assert list(generate(either, torch.tensor([1, 2, 3]), 30, generator=stream)) == expected
+
+
 def test_draws_follow_the_softmax():
     model = network(0.5)
     prompt, logits = torch.tensor([3]), network(0.5)(torch.tensor([[3]]))[0, -1].detach()
@@ -113,9 +141,16 @@ def test_only_sparse_networks_of_this_form_are_compiled():
     kept = fast.blocks[2].mlp.proj
     fast.blocks[2].mlp.proj = InBfloat16(torch.nn.Linear(96, 24))
     assert generation.compiled_step(fast, fast.new_cache()) is None
-    fast.blocks[2].mlp.proj = kept
-    fast.blocks[0].attention.qkv = torch.nn.Linear(24, 70)
+    wide = torch.nn.Linear(24, 70_000), torch.nn.Linear(70_000, 24)  # places have 16 bits
+    kept_fc, (fast.blocks[2].mlp.fc, fast.blocks[2].mlp.proj) = fast.blocks[2].mlp.fc, wide
     assert generation.compiled_step(fast, fast.new_cache()) is None
+    fast.blocks[2].mlp.fc, fast.blocks[2].mlp.proj = kept_fc, kept
+    for values in (22, 23, 26):  # fewer are all right, if each head has as many
+        fast.blocks[0].attention.qkv = torch.nn.Linear(24, 48 + values)
+        assert generation.compiled_step(fast, fast.new_cache()) is None
+        fast.blocks[0].attention.proj = torch.nn.Linear(values, 24)
+        is_compiled = generation.compiled_step(fast, fast.new_cache()) is not None
+        assert is_compiled == (values == 22)
 
 
 def test_a_network_that_writes_is_chosen_by_the_time_that_takes():
@@ -124,6 +159,18 @@ def test_a_network_that_writes_is_chosen_by_the_time_that_takes():
     fast = sparse_inference(model, token)
     assert sum(isinstance(layer, SparseLinear) for layer in fast.modules()) == 24
     assert generation.compiled_step(fast, fast.new_cache())
+
+
+def test_what_writes_is_never_wrapped_in_bf16(monkeypatch):
+    def timed(runs):
+        assert list(runs) == ["dense", "one call a token"]
+        return {"dense": 1.0, "one call a token": 2.0}
+
+    monkeypatch.setattr(inference, "_alternate", timed)
+    model, token = network(0.9), torch.zeros(1, 1, dtype=torch.long)
+    with pytest.warns(UserWarning, match="dense is fastest here"):
+        fast = sparse_inference(model, token, allow_bf16=True)
+    assert next(generate(fast, torch.tensor([1]), 1)) < 13
 
 
 @pytest.mark.parametrize(
@@ -142,3 +189,8 @@ def test_bad_inputs(prompt, options, message):
     tokens = torch.tensor(prompt, dtype=torch.long)
     with pytest.raises(ValueError, match=message):
         next(generate(network(0), tokens, **({"count": 3} | options)))
+
+
+def test_other_models_write_no_text():
+    with pytest.raises(TypeError, match="with a GPT, not with a InBfloat16"):
+        next(generate(InBfloat16(network(0)), torch.tensor([1]), 3))

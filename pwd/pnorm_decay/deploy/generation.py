@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import ctypes
 from collections.abc import Callable, Iterator
-from itertools import chain
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from pnorm_decay.deploy.inference import (
+    MOST_COLUMNS,
     Matrix,
     Nonzeros,
     SparseLinear,
@@ -38,10 +38,7 @@ class _Decoder(ctypes.Structure):
     """The network, as in sparse.c."""
 
     _fields_ = (
-        *(
-            (name, ctypes.c_int64)
-            for name in ("layers", "width", "heads", "hidden", "context", "vocabulary")
-        ),
+        *((name, ctypes.c_int64) for name in ("layers", "width", "heads", "context", "vocabulary")),
         *(
             (name, ctypes.c_void_p)
             for name in ("tokens", "positions", "scale", "shift", "layer", "cache", "memory")
@@ -78,8 +75,11 @@ def generate(
         Each token as soon as it is known.
 
     Raises:
+        TypeError: the model is no `GPT`.
         ValueError: the prompt is empty, holds no token of the model's, or a number is negative.
     """
+    if not isinstance(model, GPT):
+        raise TypeError(f"generate writes with a GPT, not with a {type(model).__name__}")
     vocabulary, context = model.token_embedding.num_embeddings, model.block_size
     text = prompt.tolist()
     if prompt.ndim != 1 or not text or not 0 <= min(text) <= max(text) < vocabulary:
@@ -117,61 +117,79 @@ def _step(model: GPT, store: Tensor) -> Step:
 
 def compiled_step(model: GPT, store: Tensor) -> Step | None:
     """A token in compiled code, None where the network is dense or has another form."""
-    library: Any = _library()
-    if type(model) is not GPT or not store.is_cpu or store.dtype != torch.float32 or not library:
+    if type(model) is not GPT or not store.is_cpu or store.dtype != torch.float32:
         return None
-    if not any(isinstance(layer, SparseLinear) for layer in model.modules()):
+    if not any(isinstance(layer, SparseLinear) for layer in model.modules()) or not _library():
         return None
-    blocks: list[Any] = list(model.blocks)
-    width, vocabulary = model.token_embedding.embedding_dim, model.token_embedding.num_embeddings
-    _, _, heads, context, _ = model.cache_shape
-    linears: list[list[Any]] = [
-        [block.attention.qkv, block.attention.proj, block.mlp.fc, block.mlp.proj]
-        for block in blocks
-    ]
-    if not all(isinstance(layer, nn.Linear | SparseLinear) for layer in chain(*linears)):
-        return None  # one of them is computed in bf16
-    hidden = [layers[2].weight.shape[0] for layers in linears]
-    shapes = [[tuple(layer.weight.shape) for layer in layers] for layers in linears]
-    if shapes != [[(3 * width, width), (width, width), (h, width), (width, h)] for h in hidden]:
+    width, heads = model.token_embedding.embedding_dim, model.cache_shape[2]
+    if not all(_has_known_form(_linears(block), width, heads) for block in model.blocks):
         return None
-    weights: list[int] = []  # of each layer
-    held: list[Any] = [store]  # what the structures point to
+    return _CompiledStep(model, store)
 
-    def address(tensor: Tensor | None) -> int | None:
-        held.append(None if tensor is None else tensor.detach().contiguous())
-        return None if tensor is None else held[-1].data_ptr()
 
-    def matrix(layer: Any) -> Matrix:
-        dense = not isinstance(layer, SparseLinear)
-        nonzeros = Nonzeros.of(layer.weight) if dense else layer.nonzeros
-        weights.append(len(nonzeros.values))
+def _linears(block: Any) -> list[Any]:
+    """In the order of `_Layer`'s matrices."""
+    return [block.attention.qkv, block.attention.proj, block.mlp.fc, block.mlp.proj]
+
+
+def _has_known_form(linears: list[Any], width: int, heads: int) -> bool:
+    """Whether these are a block's layers, none in bf16; `compact` may have made them narrower."""
+    if not all(isinstance(layer, nn.Linear | SparseLinear) for layer in linears):
+        return False
+    shapes = [tuple(layer.weight.shape) for layer in linears]
+    values, hidden = shapes[1][1], shapes[2][0]
+    known = [(2 * width + values, width), (width, values), (hidden, width), (width, hidden)]
+    is_small = values <= width and max(width, hidden) <= MOST_COLUMNS
+    return shapes == known and is_small and values % heads == 0
+
+
+class _CompiledStep:
+    """sparse.c's `decode`, with all that it reads."""
+
+    def __init__(self, model: GPT, store: Tensor) -> None:
+        blocks: list[Any] = list(model.blocks)
+        vocabulary, width = model.token_embedding.weight.shape
+        _, _, heads, context, _ = model.cache_shape
+        self.held: list[Any] = [store]  # what the structures point into
+        self.weights = 0  # of all layers
+        layers = (_Layer * len(blocks))()
+        for block, layer in zip(blocks, layers, strict=True):
+            for number, norm in enumerate((block.ln1, block.ln2), start=1):
+                setattr(layer, f"scale{number}", self._address(norm.weight))
+                setattr(layer, f"shift{number}", self._address(norm.bias))
+            layer.qkv, layer.mixed, layer.up, layer.down = map(self._matrix, _linears(block))
+        hidden = max(layer.up.rows for layer in layers)
+        memory = torch.empty(6 * width + heads * context + hidden)
+        self.decoder = _Decoder(
+            *(len(blocks), width, heads, context, vocabulary),
+            *map(self._address, (model.token_embedding.weight, model.position_embedding.weight)),
+            *map(self._address, (model.ln_f.weight, model.ln_f.bias)),
+            *(ctypes.addressof(layers), *map(self._address, (store, memory))),
+        )
+        self.held.append(layers)
+        self.weights_a_layer = self.weights // (4 * len(blocks))
+        self.logits = torch.empty(vocabulary)
+
+    def __call__(self, token: int, position: int) -> Tensor:
+        library: Any = _library()
+        library.decode(
+            ctypes.byref(self.decoder),
+            *(ctypes.c_int64(token), ctypes.c_int64(position)),
+            ctypes.c_void_p(self.logits.data_ptr()),
+            threads_for(self.weights_a_layer),
+        )
+        return self.logits
+
+    def _address(self, tensor: Tensor | None) -> int | None:
+        if tensor is None:
+            return None
+        self.held.append(tensor.detach().contiguous())
+        return self.held[-1].data_ptr()
+
+    def _matrix(self, layer: Any) -> Matrix:
+        is_sparse = isinstance(layer, SparseLinear)
+        nonzeros = layer.nonzeros if is_sparse else Nonzeros.of(layer.weight)
+        self.weights += len(nonzeros.values)
         made, tensors = matrix_of(nonzeros, layer.weight.shape[1], layer.bias)
-        held.append(tensors)
+        self.held.append((tensors, layer.bias))
         return made
-
-    layers = (_Layer * len(blocks))()
-    for block, of_block, layer in zip(blocks, linears, layers, strict=True):
-        for number, norm in enumerate((block.ln1, block.ln2), start=1):
-            setattr(layer, f"scale{number}", address(norm.weight))
-            setattr(layer, f"shift{number}", address(norm.bias))
-        layer.qkv, layer.mixed, layer.up, layer.down = map(matrix, of_block)
-    memory = torch.empty(6 * width + max(hidden) + heads * context)
-    decoder = _Decoder(
-        *(len(blocks), width, heads, max(hidden), context, vocabulary),
-        *map(address, (model.token_embedding.weight, model.position_embedding.weight)),
-        *map(address, (model.ln_f.weight, model.ln_f.bias)),
-        *(ctypes.addressof(layers), address(store), address(memory)),
-    )
-    held += [layers, decoder]
-    logits = torch.empty(vocabulary)
-    arguments = ctypes.byref(decoder), ctypes.c_void_p(logits.data_ptr())
-
-    def step(token: int, position: int) -> Tensor:
-        where = ctypes.c_int64(token), ctypes.c_int64(position)
-        threads = threads_for(sum(weights) // len(weights))
-        library.decode(arguments[0], *where, arguments[1], threads)
-        return logits
-
-    step.held = held  # type: ignore[attr-defined]
-    return step

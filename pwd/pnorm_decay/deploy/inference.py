@@ -36,10 +36,12 @@ __all__ = ["SparseConv2d", "SparseLinear", "sparse_inference"]
 SOURCE = Path(__file__).with_name("sparse.c")
 FEWEST_ZEROS = 0.4  # a layer with a smaller share of zeros is not tried
 LANES = 16  # as in sparse.c
+MOST_COLUMNS = 1 << 16  # of a Matrix: its places have 16 bits
 CHUNK = 128  # tokens done at a time
 PART = 1 << 18  # elements of a part of the input, to stay in the cache: 1 MiB
 WEIGHTS_A_THREAD = 100_000  # at least, in the product with one vector
 PLANS = 8  # what is derived from a layer's weights and input sizes, and kept
+TEXT = "one call a token"  # the name of this form
 SECONDS, FEWEST_RUNS, MOST_RUNS = 0.4, 5, 40  # for a comparison
 
 logger = logging.getLogger(__name__)
@@ -67,7 +69,7 @@ class Matrix(ctypes.Structure):
     """A matrix for one vector at a time, as in sparse.c."""
 
     _fields_ = (
-        *((name, ctypes.c_int64) for name in ("rows", "columns", "is_wide")),
+        *((name, ctypes.c_int64) for name in ("rows", "columns")),
         *((name, ctypes.c_void_p) for name in ("ends", "values", "places", "order", "bias")),
     )
 
@@ -240,7 +242,7 @@ def _linear(x: Tensor, nonzeros: Nonzeros, bias: Tensor | None, columns: int) ->
     if x.ndim and x.shape[-1] == columns and _is_fast(x, nonzeros.values):
         flat = x.reshape(-1, columns).contiguous()
         out = x.new_empty(*x.shape[:-1], len(nonzeros.ends))
-        product = _product if len(flat) == 1 else _products
+        product = _product if len(flat) == 1 and columns <= MOST_COLUMNS else _products
         if product(flat, nonzeros, bias, out):
             return out
     return F.linear(x, nonzeros.dense(len(nonzeros.ends), columns), bias)
@@ -274,17 +276,14 @@ def matrix_of(nonzeros: Nonzeros, columns: int, bias: Tensor | None) -> tuple[Ma
     nth = torch.arange(len(values)) - (ends - counts)[row]
     at = ((slice_ends - lengths)[rank[row] // LANES] + nth) * LANES + rank[row] % LANES
     filled = int(lengths.sum()) * LANES
-    is_wide = columns > 1 << 16
     tensors = [
         slice_ends,
         values.new_zeros(filled).index_copy_(0, at, values),
-        torch.zeros(filled, dtype=torch.int32)
-        .index_copy_(0, at, places)
-        .to(torch.int32 if is_wide else torch.int16),
+        torch.zeros(filled, dtype=torch.int16).index_copy_(0, at, places.to(torch.int16)),
         F.pad(order, (0, -rows % LANES), value=-1).int(),
     ]
     where = [tensor.data_ptr() for tensor in tensors]
-    return Matrix(rows, columns, is_wide, *where, _address(bias)), tensors
+    return Matrix(rows, columns, *where, _address(bias)), tensors
 
 
 def _products(x: Tensor, nonzeros: Nonzeros, bias: Tensor | None, out: Tensor) -> bool:
@@ -529,7 +528,7 @@ def sparse_inference(
         example: what the model is called with, or a tuple of arguments. Another shape later on
             gives the same outputs, but may be slower than dense.
         allow_bf16: also try dense layers in bf16, and the whole dense model; where that is faster
-            than all else, numbers have 8 bits there.
+            than all else, numbers have 8 bits there. Text is always written in fp32.
 
     Raises:
         ValueError: the model is not on the CPU, or does not take the example.
@@ -555,44 +554,62 @@ def sparse_inference(
                 stacklevel=2,
             )
             return given
-        has_parts = _has_parts(candidates, args, expected)
-        measured = (args[0][:LANES],) if has_parts else args
-        chosen = _faster_layers(base, candidates, measured, allow_bf16)
-        models = {"dense": given, "mixed": _fused(_with(base, chosen), measured)}
-        if any(isinstance(module, nn.Conv2d) for module in given.modules()):
-            models["dense folded"] = base
-            models["dense channels_last"] = _channels_last(base)
-        if allow_bf16:
-            models["dense bf16"] = InBfloat16(copy.deepcopy(base))
-            if "dense channels_last" in models:
-                models["dense channels_last bf16"] = InBfloat16(_channels_last(base))
-        tolerance = 0.1 if allow_bf16 else 1e-3
-        if not chosen:
-            del models["mixed"]
-        else:
-            _check("The model", models["mixed"](*args), expected, tolerance)
-            in_parts = InParts(models["mixed"])
-            if has_parts and _is_equal(in_parts(*args), expected, tolerance):
-                models["mixed, 16 at a time"] = in_parts
-        runs: dict[str, Callable[[], object]] = {
-            name: partial(form, *args) for name, form in models.items()
-        }
-        step = _text_step(everything := _with(base, candidates), args)
-        if step is not None:
-            models["one call a token"], runs["one call a token"] = everything, step
-        seconds = _alternate(runs)
+        forms = {"dense": given} | _sparse_forms(base, candidates, args, expected, allow_bf16)
+        # `generate` reads the GPT itself, not what wraps it in bf16.
+        forms |= _dense_forms(base, allow_bf16 and TEXT not in forms)
+        seconds = _alternate(
+            {name: _text_step(form, args) or partial(form, *args) for name, form in forms.items()}
+        )
     for name, taken in seconds.items():
         logger.info("The whole, %s: %.3f ms", name, 1e3 * taken)
     best = min(seconds, key=lambda name: seconds[name])
-    if not any(isinstance(module, _Sparse) for module in models[best].modules()):
+    if not any(isinstance(module, _Sparse) for module in forms[best].modules()):
         warnings.warn(
             f"Nothing is gained by leaving zeros out: {best} is fastest here.", stacklevel=2
         )
-    return models[best]
+    return forms[best]
+
+
+def _sparse_forms(
+    base: nn.Module,
+    candidates: Mapping[str, nn.Module],
+    args: tuple[Any, ...],
+    expected: Any,
+    allow_bf16: bool,
+) -> dict[str, nn.Module]:
+    """The model with sparse layers where they are faster, whole and in parts; {} if none is."""
+    everything = _with(base, candidates)
+    if _text_step(everything, args):  # no layer runs alone
+        _check("The model", everything(*args), expected, 1e-3)
+        return {TEXT: everything}
+    has_parts = _has_parts(candidates, args, expected)
+    measured = (args[0][:LANES],) if has_parts else args
+    chosen = _faster_layers(base, candidates, measured, allow_bf16)
+    if not chosen:
+        return {}
+    mixed, tolerance = _fused(_with(base, chosen), measured), 0.1 if allow_bf16 else 1e-3
+    _check("The model", mixed(*args), expected, tolerance)
+    in_parts = InParts(mixed)
+    if has_parts and _is_equal(in_parts(*args), expected, tolerance):
+        return {"mixed": mixed, "mixed, 16 at a time": in_parts}
+    return {"mixed": mixed}
+
+
+def _dense_forms(base: nn.Module, allow_bf16: bool) -> dict[str, nn.Module]:
+    """What torch offers besides the model as it is."""
+    forms: dict[str, nn.Module] = {}
+    has_convolutions = any(isinstance(module, nn.Conv2d) for module in base.modules())
+    if has_convolutions:
+        forms |= {"dense folded": base, "dense channels_last": _channels_last(base)}
+    if allow_bf16:
+        forms["dense bf16"] = InBfloat16(copy.deepcopy(base))
+    if allow_bf16 and has_convolutions:
+        forms["dense channels_last bf16"] = InBfloat16(_channels_last(base))
+    return forms
 
 
 def _text_step(model: nn.Module, args: tuple[Any, ...]) -> Callable[[], object] | None:
-    """What `generate` does for a token with this model, where the example is one token."""
+    """What `generate` does for a token in compiled code; None where it does not, or for more."""
     from pnorm_decay.deploy.generation import compiled_step  # it imports this module
     from pnorm_decay.models.gpt import GPT
 

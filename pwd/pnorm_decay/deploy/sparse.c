@@ -32,6 +32,8 @@ typedef struct {
   integer scratch;                                  /* elements of a thread's memory */
 } Geometry;
 
+static inline integer least(integer a, integer b) { return a < b ? a : b; }
+
 #ifdef __AVX512F__
 #define WIDEST 16 /* sums in registers */
 #else
@@ -39,22 +41,20 @@ typedef struct {
 #endif
 
 /* The sums of HIGH rows of WIDE vectors of outputs, over one output channel's weights. */
-#define BLOCK(HIGH, WIDE)                                                                     \
-  static void block_##HIGH##_##WIDE(const Weight *w, const Weight *end, float bias,           \
-                                    const float *in, integer scale, integer pitch,            \
-                                    float *out, integer out_pitch) {                          \
-    vector sum[HIGH][WIDE];                                                                   \
-    _Pragma("GCC unroll 16") for (int r = 0; r < HIGH; r++)                                   \
-      _Pragma("GCC unroll 16") for (int c = 0; c < WIDE; c++) sum[r][c] = bias - (vector){0}; \
-    for (; w < end; w++) {                                                                    \
-      const float value = w->value, *at = in + w->place * scale;                              \
-      _Pragma("GCC unroll 16") for (int r = 0; r < HIGH; r++)                                 \
-        _Pragma("GCC unroll 16") for (int c = 0; c < WIDE; c++)                               \
-          sum[r][c] += value * *(const vector *)(at + r * pitch + LANES * c);                 \
-    }                                                                                         \
-    _Pragma("GCC unroll 16") for (int r = 0; r < HIGH; r++)                                   \
-      _Pragma("GCC unroll 16") for (int c = 0; c < WIDE; c++)                                 \
-        *(vector *)(out + r * out_pitch + LANES * c) = sum[r][c];                             \
+#define EACH(HIGH, WIDE)                                       \
+  _Pragma("GCC unroll 16") for (int r = 0; r < HIGH; r++)      \
+    _Pragma("GCC unroll 16") for (int c = 0; c < WIDE; c++)
+#define BLOCK(HIGH, WIDE)                                                                        \
+  static void block_##HIGH##_##WIDE(const Weight *w, const Weight *end, float bias,              \
+                                    const float *in, integer scale, integer pitch, float *out,   \
+                                    integer out_pitch) {                                         \
+    vector sum[HIGH][WIDE];                                                                      \
+    EACH(HIGH, WIDE) sum[r][c] = bias - (vector){0};                                             \
+    for (; w < end; w++) {                                                                       \
+      const float *at = in + w->place * scale;                                                   \
+      EACH(HIGH, WIDE) sum[r][c] += w->value * *(const vector *)(at + r * pitch + LANES * c);    \
+    }                                                                                            \
+    EACH(HIGH, WIDE) *(vector *)(out + r * out_pitch + LANES * c) = sum[r][c];                   \
   }
 BLOCK(1, 1) BLOCK(2, 1) BLOCK(4, 1) BLOCK(1, 2) BLOCK(2, 2) BLOCK(4, 2)
 BLOCK(1, 4) BLOCK(2, 4) BLOCK(4, 4) BLOCK(1, 8) BLOCK(2, 8) BLOCK(1, 16)
@@ -78,26 +78,23 @@ static void channel(const Weight *w, const Weight *end, float bias, const float 
   }
 }
 
-/* Copies a line of numbers; true where one of them is NaN or infinite. */
+/* Copies numbers; true where one of them is NaN or infinite. */
 static inline int load(const float *from, integer stride, integer count, float *to) {
   int bad = 0;
-  if (stride == 1)
-    for (integer i = 0; i < count; i++) to[i] = from[i], bad |= !(from[i] - from[i] == 0);
-  else
-    for (integer i = 0; i < count; i++)
-      to[i] = from[i * stride], bad |= !(from[i * stride] - from[i * stride] == 0);
+  for (integer i = 0; i < count; i++) {
+    to[i] = from[i * stride];
+    bad |= !(to[i] - to[i] == 0);
+  }
   return bad;
 }
 
-/* Writes a line of sums, plus the residual where there is one, and then ReLU where it is wanted. */
+/* Writes sums, plus the residual where there is one, and then ReLU where it is wanted. */
 static inline void store(const float *sum, const float *residual, int relu, float *to,
-                         integer stride, integer count) {
-#define STORE(STRIDE)                                            \
-  for (integer i = 0; i < count; i++) {                          \
-    float x = sum[i] + (residual ? residual[i * STRIDE] : 0);    \
-    to[i * STRIDE] = relu && x < 0 ? 0 : x;                      \
+                         integer count) {
+  for (integer i = 0; i < count; i++) {
+    float x = sum[i] + (residual ? residual[i] : 0);
+    to[i] = relu && x < 0 ? 0 : x;
   }
-  if (stride == 1) { STORE(1) } else { STORE(stride) }
 }
 
 /* Copies what `rows` output rows from y on need of `chunk` images from n on; true where one of the
@@ -105,7 +102,7 @@ static inline void store(const float *sum, const float *residual, int relu, floa
 static int copy(const Geometry *g, const float *in, integer n, integer chunk, integer y,
                 integer rows, float *to) {
   int bad = 0;
-  /* Images that lie side by side, pixel after pixel: a row is one line. */
+  /* Where pixel follows pixel, many are copied at once. */
   int is_line = g->of_image == 1 && g->of_column == chunk && g->stride_columns == 1;
   rows += g->rows - g->band;
   for (integer c = 0; c < g->channels; c++)
@@ -119,14 +116,12 @@ static int copy(const Geometry *g, const float *in, integer n, integer chunk, in
           const float *from = in + n * g->of_image + c * g->of_channel + row * g->of_row;
           for (; column < 0 && start < end; column += g->stride_columns, start += chunk)
             memset(start, 0, (size_t)chunk * sizeof(float));
-          if (row >= 0 && row < g->height && is_line && start < end) {
-            integer count = (g->width - column) * chunk;
-            if (count > end - start) count = end - start;
-            bad |= load(from + column * chunk, 1, count, start);
-            start += count;
-          } else if (row >= 0 && row < g->height)
-            for (; column < g->width && start < end; column += g->stride_columns, start += chunk)
-              bad |= load(from + column * g->of_column, g->of_image, chunk, start);
+          integer width = row >= 0 && row < g->height ? g->width : 0;
+          for (integer pixels = 1; column < width && start < end; start += pixels * chunk) {
+            if (is_line) pixels = least(width - column, (end - start) / chunk);
+            bad |= load(from + column * g->of_column, g->of_image, pixels * chunk, start);
+            column += pixels * g->stride_columns;
+          }
           memset(start, 0, (size_t)(end - start) * sizeof(float));
         }
   return bad;
@@ -163,8 +158,7 @@ static int transpose(const float *from, integer pitch, integer rows, integer col
   for (integer r = 0; r < rows; r += LANES)
     for (integer c = 0; c < columns; c += LANES) {
       vector v[LANES] = {{0}};
-      integer high = rows - r < LANES ? rows - r : LANES;
-      integer wide = columns - c < LANES ? columns - c : LANES;
+      integer high = least(LANES, rows - r), wide = least(LANES, columns - c);
       for (integer i = 0; i < high; i++)
         if (wide == LANES)
           v[i] = *(const vector *)(from + (r + i) * pitch + c);
@@ -196,8 +190,8 @@ int convolve(const Geometry *g, const Weight *weights, const integer *ends, cons
   for (integer task = 0; task < tasks; task++) {
     integer part = task % parts, n = task / parts / bands * g->chunk;
     integer y = task / parts % bands * g->band;
-    integer chunk = g->images - n < g->chunk ? g->images - n : g->chunk;
-    integer rows = g->out_height - y < g->band ? g->out_height - y : g->band;
+    integer chunk = least(g->chunk, g->images - n);
+    integer rows = least(g->band, g->out_height - y);
     integer vectors = (g->out_width * chunk + LANES - 1) / LANES;
     integer pitch = g->column_phases * g->columns * chunk, out_pitch = vectors * LANES;
     float *mine = memory, *sums;
@@ -220,13 +214,11 @@ int convolve(const Geometry *g, const Weight *weights, const integer *ends, cons
           transpose(sums, out_pitch, place + 1, chunk, to - place, g->to_image);
         continue;
       }
+      integer pixels = g->to_column == chunk ? g->out_width : 1; /* that lie side by side */
       for (integer r = 0; r < rows; r++, to += g->to_row, added += added ? g->to_row : 0)
-        if (g->to_image == 1 && g->to_column == chunk)
-          store(sums + r * out_pitch, added, relu, to, 1, g->out_width * chunk);
-        else
-          for (integer x = 0; x < g->out_width; x++)
-            store(sums + r * out_pitch + x * chunk, added ? added + x * g->to_column : 0, relu,
-                  to + x * g->to_column, g->to_image, chunk);
+        for (integer x = 0; x < g->out_width; x += pixels)
+          store(sums + r * out_pitch + x * chunk, added ? added + x * g->to_column : 0, relu,
+                to + x * g->to_column, pixels * chunk);
     }
   }
   return bad;
@@ -235,12 +227,12 @@ int convolve(const Geometry *g, const Weight *weights, const integer *ends, cons
 /* A matrix for one vector at a time. Sixteen rows with about as many weights each are a slice:
  * it holds their first weights, then their second ones, filled up with zeros. */
 typedef struct {
-  integer rows, columns, is_wide; /* whether columns take 32 bits, not 16 */
-  const integer *ends;            /* of the slices, in sixteens */
+  integer rows, columns;
+  const integer *ends; /* of the slices, in sixteens */
   const float *values;
-  const void *places;   /* columns */
-  const int32_t *order; /* the row of each sum, -1 for none */
-  const float *bias;    /* or null */
+  const uint16_t *places; /* columns */
+  const int32_t *order;   /* the row of each sum, -1 for none */
+  const float *bias;      /* or null */
 } Matrix;
 
 /* e^x for x <= 0, to 2 in the last place, in a form that compilers make vectors of. */
@@ -264,14 +256,12 @@ enum { SET, ADD, GELU };
 
 /* out = matrix in + bias, added to what is there, or with GELU; by all threads of the team. */
 static inline void product(const Matrix *m, const float *in, float *out, int how) {
-#define SLICE(TYPE)                                                         \
-  for (integer k = s ? m->ends[s - 1] : 0; k < m->ends[s]; k++)             \
-    for (int l = 0; l < LANES; l++)                                         \
-      sum[l] += m->values[k * LANES + l] * in[((const TYPE *)m->places)[k * LANES + l]];
 #pragma omp for schedule(static, 1)
   for (integer s = 0; s < (m->rows + LANES - 1) / LANES; s++) {
     float sum[LANES] = {0};
-    if (m->is_wide) { SLICE(int32_t) } else { SLICE(uint16_t) }
+    for (integer k = s ? m->ends[s - 1] : 0; k < m->ends[s]; k++)
+      for (int l = 0; l < LANES; l++)
+        sum[l] += m->values[k * LANES + l] * in[m->places[k * LANES + l]];
     const int32_t *order = m->order + s * LANES;
     if (m->bias)
       for (int l = 0; l < LANES; l++) sum[l] += order[l] < 0 ? 0 : m->bias[order[l]];
@@ -292,13 +282,13 @@ int multiply(const Matrix *m, const float *in, float *out, int threads) {
 }
 
 /* models/gpt.py's network, one token at a time: in Python, everything between the products takes
- * longer than they do. */
+ * longer than they do. `compact` leaves heads with fewer values than keys, and narrower MLPs. */
 typedef struct {
   const float *scale1, *shift1, *scale2, *shift2; /* of the layer norms; a shift may be null */
   Matrix qkv, mixed, up, down;
 } Layer;
 typedef struct {
-  integer layers, width, heads, hidden, context, vocabulary;
+  integer layers, width, heads, context, vocabulary;
   const float *tokens, *positions, *scale, *shift; /* embeddings, the last layer norm */
   const Layer *layer;
   float *cache; /* (layers, keys or values, heads, context, width / heads) */
@@ -326,27 +316,28 @@ static float dot(const float *a, const float *b, integer count) {
 }
 
 /* One head: the position's key and value join the cache, and what it attends to is the output. */
-static void attend(const float *qkv, integer width, integer size, float *keys, float *values,
-                   integer position, float *weights, float *out) {
-  memcpy(keys + position * size, qkv + width, (size_t)size * sizeof(float));
-  memcpy(values + position * size, qkv + 2 * width, (size_t)size * sizeof(float));
+static void attend(const float *query, const float *key, const float *value, integer size,
+                   integer value_size, float *keys, float *values, integer position,
+                   float *weights, float *out) {
+  memcpy(keys + position * size, key, (size_t)size * sizeof(float));
+  memcpy(values + position * size, value, (size_t)value_size * sizeof(float));
   float scale = 1 / sqrtf((float)size), largest = -INFINITY, sum = 0;
   for (integer t = 0; t <= position; t++) {
-    weights[t] = scale * dot(qkv, keys + t * size, size);
+    weights[t] = scale * dot(query, keys + t * size, size);
     largest = weights[t] > largest ? weights[t] : largest;
   }
   for (integer t = 0; t <= position; t++) weights[t] = exponential(weights[t] - largest);
   for (integer t = 0; t <= position; t++) sum += weights[t];
-  memset(out, 0, (size_t)size * sizeof(float));
+  memset(out, 0, (size_t)value_size * sizeof(float));
   for (integer t = 0; t <= position; t++)
-    for (integer i = 0; i < size; i++) out[i] += weights[t] / sum * values[t * size + i];
+    for (integer i = 0; i < value_size; i++) out[i] += weights[t] / sum * values[t * size + i];
 }
 
 /* The logits of the token after the one at `position`, whose key and value join the cache. */
 void decode(const Decoder *d, integer token, integer position, float *logits, int threads) {
   integer width = d->width, size = width / d->heads;
   float *x = d->memory, *normed = x + width, *mixed = normed + width, *qkv = mixed + width;
-  float *hidden = qkv + 3 * width, *weights = hidden + d->hidden;
+  float *weights = qkv + 3 * width, *hidden = weights + d->heads * d->context;
 #pragma omp parallel num_threads(threads) if (threads > 1)
   {
 #pragma omp for
@@ -354,14 +345,16 @@ void decode(const Decoder *d, integer token, integer position, float *logits, in
       x[i] = d->tokens[token * width + i] + d->positions[position * width + i];
     for (integer n = 0; n < d->layers; n++) {
       const Layer *layer = d->layer + n;
+      integer value_size = layer->mixed.columns / d->heads;
 #pragma omp single
       norm(x, layer->scale1, layer->shift1, width, normed);
       product(&layer->qkv, normed, qkv, SET);
 #pragma omp for
       for (integer h = 0; h < d->heads; h++) {
         float *keys = d->cache + (2 * n * d->heads + h) * d->context * size;
-        attend(qkv + h * size, width, size, keys, keys + d->heads * d->context * size, position,
-               weights + h * d->context, mixed + h * size);
+        attend(qkv + h * size, qkv + width + h * size, qkv + 2 * width + h * value_size, size,
+               value_size, keys, keys + d->heads * d->context * size, position,
+               weights + h * d->context, mixed + h * value_size);
       }
       product(&layer->mixed, mixed, x, ADD);
 #pragma omp single
