@@ -70,6 +70,7 @@ def test_an_example_runs(
     dataset = TensorDataset(inputs, (inputs[:, 0] > 0).long())
     names = {
         "model": model,
+        "network": model,
         "loader": DataLoader(dataset, batch_size=16),
         "dataset": dataset,
         "loss_fn": nn.CrossEntropyLoss(),

@@ -73,6 +73,7 @@ class TargetSparsity:
         interval: steps between two changes of lambda_p; None: a two-hundredth of the run.
 
     Raises:
+        TypeError: `optimizer` is not one.
         ValueError: an argument is out of its range; or no group decays.
 
     Example:
@@ -98,6 +99,9 @@ class TargetSparsity:
         end: float = 0.6,
         interval: int | None = None,
     ) -> None:
+        if not hasattr(optimizer, "param_groups"):
+            kind = type(optimizer).__name__
+            raise TypeError(f"optimizer must be a torch.optim.Optimizer, not a {kind}")
         for name, value, is_valid, allowed in (
             ("sparsity", sparsity, lambda v: 0 < v < 1, "a fraction in (0, 1)"),
             ("steps", steps, _is_count, "an integer of at least 1"),
@@ -118,7 +122,10 @@ class TargetSparsity:
         self._sum = 0.0
         for group in optimizer.param_groups:
             if "hold_zeros" not in group:
-                raise ValueError("Invalid optimizer: it has no p-norm decay (attach_pnorm_decay)")
+                raise ValueError(
+                    f"Invalid optimizer: {type(optimizer).__name__} has no p-norm decay (use AdamPWD "
+                    "or SGDPWD, or call attach_pnorm_decay on it first)"
+                )
             group.setdefault("initial_lambda_p", float(group["lambda_p"]))
         if not self._decaying():
             raise ValueError("Invalid optimizer: lambda_p is 0 in every group, so nothing decays")
