@@ -203,6 +203,37 @@ def take_turns(forms: dict[str, Form], rounds: int, seconds: float) -> dict[str,
     return {name: statistics.median(taken) for name, taken in times.items()}
 
 
+def forms_of(
+    case: str,
+    label: str,
+    networks: dict[str, nn.Module],
+    example: Tensor,
+    arguments: argparse.Namespace,
+) -> tuple[dict[tuple[str, str], nn.Module], dict[str, nn.Module]]:
+    """By (network, form), what is timed; and by network, what its file holds."""
+    first = next(iter(networks))
+    forms: dict[tuple[str, str], nn.Module] = {
+        (first, name): form for name, form in dense_forms(networks[first], not arguments.no_compile)
+    }
+    stored = dict(networks)
+    for name, network in networks.items():
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", UserWarning)  # where nothing is gained, it is dense
+            forms[name, "sparse"] = sparse_inference(network, example)
+            if arguments.bf16:
+                forms[name, "sparse or bf16"] = sparse_inference(network, example, allow_bf16=True)
+            if label != RANDOM:
+                small = stored[f"{name} compact"] = compact(network, example)
+                forms[f"{name} compact", "compact"] = small
+                forms[f"{name} compact", "compact sparse"] = sparse_inference(small, example)
+    return forms, stored
+
+
+def is_dense(form: str) -> bool:
+    """Whether a form computes with all weights of the whole network."""
+    return form.startswith(("dense", "compiled"))
+
+
 def measure(
     case: str,
     threads: int,
@@ -214,34 +245,16 @@ def measure(
     torch.set_num_threads(threads)
     first = next(iter(networks.values()))
     example = example_of(case, first)
-    forms: dict[tuple[str, str], nn.Module] = {
-        (next(iter(networks)), name): form
-        for name, form in dense_forms(first, not arguments.no_compile)
-    }
-    stored = dict(networks)  # by name, what is in the file
-    for name, network in networks.items():
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", UserWarning)  # where nothing is gained, it is dense
-            forms[name, "sparse"] = sparse_inference(network, example)
-            if arguments.bf16:
-                forms[name, "sparse or bf16"] = sparse_inference(network, example, allow_bf16=True)
-            if label != RANDOM:
-                small = stored[f"{name} compact"] = compact(network, example)
-                forms[f"{name} compact", "compact"] = small
-                forms[f"{name} compact", "compact sparse"] = sparse_inference(small, example)
+    forms, stored = forms_of(case, label, networks, example, arguments)
     runs = {" ".join(key): runner(case, key[1], form, example) for key, form in forms.items()}
     taken = take_turns(runs, arguments.rounds, arguments.seconds)
-    dense = [
-        seconds
-        for (_, form), seconds in zip(forms, taken.values(), strict=True)
-        if form.startswith(("dense", "compiled"))
-    ]
+    times = list(zip(forms, taken.values(), strict=True))
+    best = min(seconds for (_, form), seconds in times if is_dense(form))
     items, rows, (_, whole) = items_of(case, first, example), [], multiply_adds(first, example)
-    for (name, form), seconds in zip(forms, taken.values(), strict=True):
+    for (name, form), seconds in times:
         is_measured = threads == arguments.threads[0] and "compiled" not in form
         peak = peak_megabytes(case, form, forms[name, form]) if is_measured else None
-        is_dense = form.startswith(("dense", "compiled"))
-        kept = forms[name, form] if is_dense else stored[name]
+        kept = forms[name, form] if is_dense(form) else stored[name]
         left, all_left = multiply_adds(stored[name], example)
         rows.append(
             {
@@ -249,10 +262,10 @@ def measure(
                 "threads": threads,
                 "network": label,
                 "form": form,
-                "sparsity": 0.0 if is_dense else round(sparsity(stored[name]), 4),
+                "sparsity": 0.0 if is_dense(form) else round(sparsity(stored[name]), 4),
                 "per_second": round(items / seconds, 2),
                 "milliseconds": round(1e3 * seconds, 4),
-                "ratio": round(min(dense) / seconds, 3),
+                "ratio": round(best / seconds, 3),
                 "multiply_adds_left": round((left if "sparse" in form else all_left) / whole, 5),
                 "weights_megabytes": round(megabytes(forms[name, form]), 2),
                 "file_megabytes": None if "compiled" in form else file_megabytes(form, kept),

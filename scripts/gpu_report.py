@@ -9,7 +9,7 @@ import platform
 import re
 import shutil
 import subprocess
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -38,6 +38,18 @@ PUBLISHED = {
     ("pwd", 0.008): "93.08 at sparsity 0.953",
 }
 GOALS = "at most 1.1 times fused AdamW's step and no more kernels than it; 20,000 images a second"
+STEP = ("model", "optimizer", "p", "sparsity", "milliseconds", "ratio", "host_milliseconds")
+COLUMNS = {  # of the benchmarks' CSV files, shown in the report
+    "optimizer": (*STEP, "kernel_launches", "first_step_seconds", "peak_extra_megabytes"),
+    "training": (
+        *("case", "loop", "per_second", "unit", "step_ratio"),
+        *("kernel_launches", "peak_megabytes", "precision"),
+    ),
+}
+HOUR = [  # columns of the hour's runs
+    *("experiment", "run", "status", "accuracy, %"),
+    *("sparsity", "seconds", "authors' logs, %"),
+]
 
 
 def environment() -> list[str]:
@@ -173,6 +185,24 @@ def what_is_left(state: dict[str, Any], rows: dict[str, list[dict[str, Any]]]) -
     return "\n".join(lines)
 
 
+def tests_told(state: dict[str, Any]) -> str:
+    """What the tests that need CUDA came to."""
+    tests = state["stages"].get("tests")
+    if tests is None:
+        return "Not run yet."
+    told = f"{tests['status']} after {tests['seconds']:.0f} s: {tests.get('note', '')}"
+    return "\n".join([told, *(f"- failed: `{name}`" for name in tests.get("failed", []))])
+
+
+def benchmarks_told(state: dict[str, Any], folder: Path) -> Iterator[str]:
+    """A heading for each benchmark and, where its CSV file is there, a table."""
+    for name, shown in COLUMNS.items():
+        entry = state["stages"].get(name, {"status": "not run yet"})
+        yield f"### {TITLES[name].capitalize()}: {entry['status']}"
+        if (folder / f"{name}.csv").exists():
+            yield csv_table(folder / f"{name}.csv", shown)
+
+
 def report(
     state: dict[str, Any], rows: dict[str, list[dict[str, Any]]], folder: Path, *, rehearsed: bool
 ) -> str:
@@ -185,49 +215,17 @@ def report(
         rehearsed: whether it was all tiny and on a CPU.
     """
     now = datetime.now(UTC).isoformat(timespec="minutes")
+    counts = ", ".join(f"{name}.csv: {len(of_one)} runs" for name, of_one in rows.items())
     parts = ["# An hour on a GPU", f"Written {now}."]
     if rehearsed:
         parts.append(
             "**A rehearsal: everything is tiny and on the CPU. No number means anything.**"
         )
     parts += ["## Environment", "\n".join(f"- {line}" for line in state["environment"])]
-    tests = state["stages"].get("tests")
-    parts.append("## Tests that need CUDA")
-    if tests is None:
-        parts.append("Not run yet.")
-    else:
-        told = f"{tests['status']} after {tests['seconds']:.0f} s: {tests.get('note', '')}"
-        parts.append(
-            "\n".join([told, *(f"- failed: `{name}`" for name in tests.get("failed", []))])
-        )
-    parts.append("## Benchmarks")
-    parts.append(f"Goals on an H100: {GOALS}. Ratios are to torch's fused AdamW.")
-    of_step = ("model", "optimizer", "p", "sparsity", "milliseconds", "ratio", "host_milliseconds")
-    columns = {
-        "optimizer": (*of_step, "kernel_launches", "first_step_seconds", "peak_extra_megabytes"),
-        "training": (
-            *("case", "loop", "per_second", "unit", "step_ratio"),
-            *("kernel_launches", "peak_megabytes", "precision"),
-        ),
-    }
-    for name, shown in columns.items():
-        entry = state["stages"].get(name, {"status": "not run yet"})
-        parts.append(f"### {TITLES[name].capitalize()}: {entry['status']}")
-        if (folder / f"{name}.csv").exists():
-            parts.append(csv_table(folder / f"{name}.csv", shown))
-    parts.append("## The paper's experiments")
-    header = [
-        "experiment",
-        "run",
-        "status",
-        "accuracy, %",
-        "sparsity",
-        "seconds",
-        "authors' logs, %",
-    ]
-    parts.append(table(hour_rows(state, rows), header))
-    total = {name: len(of_one) for name, of_one in rows.items()}
-    parts.append(", ".join(f"{name}.csv: {count} runs" for name, count in total.items()) + ".")
+    parts += ["## Tests that need CUDA", tests_told(state)]
+    parts += ["## Benchmarks", f"Goals on an H100: {GOALS}. Ratios are to torch's fused AdamW."]
+    parts += benchmarks_told(state, folder)
+    parts += ["## The paper's experiments", table(hour_rows(state, rows), HOUR), f"{counts}."]
     parts += ["## What is left"]
     parts.append("\n".join(f"- {line}" for line in what_is_left(state, rows).splitlines()))
     return "\n\n".join(parts) + "\n"
