@@ -23,9 +23,12 @@ import platform
 import re
 import signal
 import sys
+import time
 import tomllib
 from pathlib import Path
 
+# start.py of a bundle has taken its time already.
+STARTED = float(os.environ.pop("GPU_HOUR_STARTED", time.monotonic()))
 REPOSITORY = Path(__file__).resolve().parents[1]
 PATHS = ("OUT", "PNORM_CIFAR10", "PNORM_SHAKESPEARE")
 STAGES = ("tests", "optimizer", "training", "hour", "sweeps")
@@ -125,7 +128,8 @@ def main() -> None:
     from gpu_hour import Hour
     from pnorm_decay.training.errors import print_error
 
-    hour = Hour(folder, 60 * arguments.minutes, arguments.workers, rehearsed=arguments.rehearse)
+    seconds = 60 * arguments.minutes - (time.monotonic() - STARTED)
+    hour = Hour(folder, max(0.0, seconds), arguments.workers, rehearsed=arguments.rehearse)
     try:
         code = hour.spend(arguments.stages)
     except Exception as error:

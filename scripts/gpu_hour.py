@@ -6,13 +6,13 @@ import contextlib
 import io
 import json
 import os
-import shutil
 import signal
 import subprocess
 import sys
 import tarfile
 import time
-from collections.abc import Callable, Sequence
+import zlib
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -26,9 +26,11 @@ from bench_common import CONFIGS, composed
 from pnorm_decay import records
 from pnorm_decay.data import DataError
 from pnorm_decay.files import atomic_write, write_text
+from pnorm_decay.messages import one_line
 from pnorm_decay.training import tracking
 from pnorm_decay.training.building import build_data
 from pnorm_decay.training.completing import runs_of
+from pnorm_decay.training.errors import print_error
 from pnorm_decay.training.run import Run
 from pnorm_decay.training.settings import ConfigError, Settings
 
@@ -37,6 +39,13 @@ SCALE = "paper"
 EXPERIMENTS = ("resnet18_cifar10", "nanogpt_shakespeare")
 CASES = dict(zip(EXPERIMENTS, ("resnet18, paper scale", "nanogpt, paper scale"), strict=True))
 LIMITS = {"tests": 300.0, "optimizer": 360.0, "training": 420.0}  # seconds, of all slices
+# Those that settle most first. Each has a process of its own: a kernel that goes wrong takes what
+# follows in its process along.
+TESTS = [
+    *("training/test_cuda.py", "training/test_waits.py", "optim/test_cuda.py"),
+    *("training/test_graphs.py", "optim/test_distributed.py", "training/test_wiring.py"),
+    *("optim/test_target.py", "training/test_sharing.py"),
+]
 TINY = {
     "resnet18_cifar10": [
         "model.width=4",
@@ -62,9 +71,10 @@ STATE, LOG, RUNS = "hour.json", "log.txt", "runs.tar.gz"
 ROWS = [f"{name}.csv" for name in EXPERIMENTS]
 KEPT = (gpu_report.REPORT, STATE, LOG, RUNS, "optimizer.csv", "training.csv", *ROWS)
 LOOK_SECONDS = 0.25  # between two looks at what a program is doing
-SAVE_SECONDS = 30.0  # that a program usually takes to save its state
 GRACE_SECONDS = 45.0  # a program's, to save its state after it was asked to stop
+DOUBLE_SECONDS = 0.5  # two signals within it are one that came twice
 LARGEST = 15 * 2**20  # bytes of a file in gpu/
+LEAST_OF_SLICE = 0.9  # with so much of it left, a stage does not wait for the next slice
 
 
 class Hour:
@@ -87,11 +97,18 @@ class Hour:
         self.runs, self.results = folder / "runs", folder / "results"
         self.kept = folder / "gpu"
         self.published = Path(os.environ["OUT"]).resolve() if os.environ.get("OUT") else None
+        if self.published is not None and rehearsed:  # what is there may be real
+            self.published /= "rehearsal"
         # Of the time there is, what saving and the report take.
-        self.end = time.monotonic() + seconds - min(SAVE_SECONDS, seconds / 10)
+        self.slice = seconds - min(GRACE_SECONDS, seconds / 10)
+        self.end = time.monotonic() + self.slice
         self.stopped = False
+        self.asked = 0.0  # when it was asked to stop
         self.process: subprocess.Popen[bytes] | None = None
-        self.state: dict[str, Any] = {"stages": {}, "sweeps": {}, "hour": [], "environment": []}
+        self.state: dict[str, Any] = {
+            "rehearsed": rehearsed,
+            **{"stages": {}, "sweeps": {}, "hour": [], "environment": []},
+        }
 
     @property
     def left(self) -> float:
@@ -101,10 +118,17 @@ class Hour:
     def spend(self, stages: Sequence[str]) -> int:
         """Does what is missing of the stages.
 
+        A stage that fails is told of, and the others are done.
+
         Returns:
-            The exit status: 0, or 130 where it was asked to stop.
+            The exit status: 0, 130 where it was asked to stop, or 2 after an error of a stage.
+
+        Raises:
+            ConfigError: gpu/ holds a rehearsal and this is none, or the other way round.
         """
-        self.kept.mkdir(parents=True, exist_ok=True)
+        for folder in (self.kept, self.runs):
+            folder.mkdir(parents=True, exist_ok=True)
+        errors = 0
         before = {
             number: signal.signal(number, self.on_signal)
             for number in (signal.SIGINT, signal.SIGTERM)
@@ -121,7 +145,13 @@ class Hour:
             }
             for name in stages:
                 if self.left:
-                    do[name]()
+                    try:
+                        do[name]()
+                    except Exception as error:
+                        errors += 1
+                        self.state["stages"].setdefault(name, {"seconds": 0.0})
+                        self.state["stages"][name]["status"] = f"failed: {one_line(str(error))}"
+                        print_error(error)
                     self.publish()
         finally:
             self.publish()
@@ -129,14 +159,16 @@ class Hour:
                 signal.signal(number, handler)
         self.say(gpu_report.what_is_left(self.state, self.rows()))
         self.say(f"the report: {self.kept / gpu_report.REPORT}")
-        return 130 if self.stopped else 0
+        return 130 if self.stopped else 2 if errors else 0
 
     def on_signal(self, number: int, frame: FrameType | None) -> None:
         """Asks the program that runs to stop; the second time it is ended at once."""
-        if self.stopped and self.process is not None:
+        again = time.monotonic() - self.asked > DOUBLE_SECONDS
+        if self.stopped and again and self.process is not None:
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(self.process.pid, signal.SIGKILL)
-        self.stopped = True
+        if not self.stopped:
+            self.stopped, self.asked = True, time.monotonic()
 
     def say(self, text: str) -> None:
         """To the terminal."""
@@ -150,6 +182,7 @@ class Hour:
         """Takes up what an earlier slice left in gpu/ or, where that is empty, in $OUT.
 
         Cut off anywhere, it begins again: the state comes last, and each file is whole or missing.
+        What cannot be read is set aside.
         """
         state = self.kept / STATE
         if not state.exists() and self.published is not None:
@@ -157,22 +190,45 @@ class Hour:
                 if (self.published / name).is_file():
                     with atomic_write(self.kept / name) as file:
                         file.write((self.published / name).read_bytes())
-        for path in self.kept.iterdir():
-            path.chmod(0o644)  # what came back from another machine may be read-only
+        for path in (self.kept / name for name in KEPT):
+            with contextlib.suppress(OSError):
+                path.chmod(0o644)  # what came back from another machine may be read-only
+        before: dict[str, Any] = {}
         if state.exists():
-            self.state |= json.loads(state.read_text(encoding="utf-8"))
+            with self.set_aside(state):
+                before = dict(json.loads(state.read_text(encoding="utf-8")))
+        if before.get("rehearsed", self.rehearsed) != self.rehearsed:
+            kind = "a rehearsal" if before["rehearsed"] else "results that are no rehearsal's"
+            raise ConfigError(f"{self.kept} holds {kind}: choose another folder by --folder")
+        self.state |= before
         if (self.kept / RUNS).exists():
-            with tarfile.open(self.kept / RUNS) as archive:
-                for member in archive:
-                    member = tarfile.data_filter(member, str(self.folder))
-                    content = archive.extractfile(member)
-                    if content is not None and not (self.folder / member.name).exists():
-                        with atomic_write(self.folder / member.name) as file:
-                            file.write(content.read())
+            with self.set_aside(self.kept / RUNS):
+                self.unpack_runs()
         for name in EXPERIMENTS:
             rows = self.kept / f"{name}.csv"
             if rows.exists():
-                records.write(self.recorded(name), records.read(rows))
+                with self.set_aside(rows):
+                    records.write(self.recorded(name), records.read(rows))
+
+    @contextlib.contextmanager
+    def set_aside(self, path: Path) -> Iterator[None]:
+        """Renames a file where what is done with it fails, and says so."""
+        try:
+            yield
+        except (OSError, EOFError, ValueError, TypeError, tarfile.TarError, zlib.error) as error:
+            aside = path.with_name(f"{path.name}.broken")
+            path.replace(aside)
+            self.say(f"{path} cannot be read and is now {aside.name}: {one_line(str(error))}")
+
+    def unpack_runs(self) -> None:
+        """Puts the runs that were packed where they were, unless they are there."""
+        with tarfile.open(self.kept / RUNS) as archive:
+            for member in archive:
+                member = tarfile.data_filter(member, str(self.folder))
+                content = archive.extractfile(member)
+                if content is not None and not (self.folder / member.name).exists():
+                    with atomic_write(self.folder / member.name) as file:
+                        file.write(content.read())
 
     def recorded(self, name: str) -> Path:
         """An experiment's recorded rows."""
@@ -195,7 +251,8 @@ class Hour:
             self.say(f"left out: {error}")
         for name in EXPERIMENTS:
             if self.recorded(name).exists():
-                shutil.copyfile(self.recorded(name), self.kept / f"{name}.csv")
+                with atomic_write(self.kept / f"{name}.csv") as file:
+                    file.write(self.recorded(name).read_bytes())
         self.pack_runs()
         self.publish()
 
@@ -215,7 +272,16 @@ class Hour:
             file.write(packed.getvalue())
 
     def publish(self) -> None:
-        """Writes the state and the report, and copies what changed to $OUT."""
+        """Writes the state and the report, and copies what changed to $OUT.
+
+        Where that fails, it is said, and tried again the next time.
+        """
+        try:
+            self._publish()
+        except (OSError, ValueError) as error:  # ValueError: a CSV file that is not whole
+            self.say(f"not published now: {one_line(str(error))}")
+
+    def _publish(self) -> None:
         log = self.kept / LOG
         if self.process is None and log.exists() and log.stat().st_size > LARGEST:
             with atomic_write(log) as file:
@@ -249,7 +315,7 @@ class Hour:
         Args:
             command: its command line.
             seconds: after which it is asked to stop, as when this program is.
-            stop: the signal that asks it.
+            stop: the signal that asks it; SIGKILL for what has nothing to save.
             look: called every now and then.
 
         Returns:
@@ -279,10 +345,16 @@ class Hour:
                     time.sleep(LOOK_SECONDS)
                     self.show(reader)
                     if look is not None:
-                        look()
+                        try:
+                            look()
+                        except Exception as error:  # the program goes on; the next look may do
+                            self.say(f"not recorded now: {one_line(str(error))}")
                     if not asked and (self.stopped or time.monotonic() > end):
                         asked, end = True, time.monotonic() + GRACE_SECONDS
-                        process.send_signal(stop)
+                        if stop == signal.SIGKILL:
+                            os.killpg(process.pid, stop)
+                        else:
+                            process.send_signal(stop)
                     elif asked and time.monotonic() > end:
                         os.killpg(process.pid, signal.SIGKILL)
                 self.show(reader)
@@ -301,34 +373,44 @@ class Hour:
         if new:
             self.say(new)
 
-    def stage(
-        self, name: str, command: Sequence[str], stop: signal.Signals, over: Sequence[int] = (0,)
-    ) -> bool:
-        """Runs a program as a stage that has a limit, unless it is done already.
+    def entry(self, name: str) -> dict[str, Any] | None:
+        """What is known of a stage that has a limit; None where it is not to be done now.
 
-        Args:
-            name: the stage.
-            command: the program's command line.
-            stop: the signal that asks it to stop.
-            over: exit statuses after which it need not run again.
-
-        Returns:
-            Whether it ran.
+        It is done already, or it does not fit into what is left of this slice and can have the
+        next one, while runs fill the rest of this.
         """
         entry = self.state["stages"].setdefault(name, {"status": "not begun", "seconds": 0.0})
-        limit = LIMITS[name]
+        needed = LIMITS[name] - entry["seconds"]
         if entry["status"] in ("done", "cut off"):
-            return False
-        self.say(f"--- {gpu_report.TITLES[name]}, {limit / 60:g} minutes at most")
+            return None
+        if self.left < min(needed, LEAST_OF_SLICE * self.slice):
+            self.say(f"--- {gpu_report.TITLES[name]}: does not fit into the time that is left")
+            return None
+        self.say(f"--- {gpu_report.TITLES[name]}, {needed / 60:.2g} minutes at most")
+        return entry
+
+    def benchmark(self, name: str, command: Sequence[str]) -> None:
+        """Runs a program that writes <name>.csv as it goes, unless it is done already."""
+        entry = self.entry(name)
+        if entry is None:
+            return
+        output = self.kept / f"{name}.csv"
+        before = output.read_bytes() if output.exists() else b""
         start = time.monotonic()
         entry["status"] = "interrupted"  # should this program be killed
-        code = self.do(command, limit - entry["seconds"], stop=stop)
+        left = LIMITS[name] - entry["seconds"]
+        at = command.index("--") if "--" in command else len(command)  # overrides follow
+        code = self.do([*command[:at], "--output", str(output), *command[at:]], left)
         entry["seconds"] += time.monotonic() - start
         if code is not None:
-            entry["status"] = "done" if code in over else f"failed with status {code}"
-        elif self.left or entry["seconds"] >= limit:
+            entry["status"] = "done" if code == 0 else f"failed with status {code}"
+        elif self.left or entry["seconds"] >= LIMITS[name]:
             entry["status"] = "cut off"
-        return True
+        if before and (
+            not output.exists() or output.read_bytes().count(b"\n") < before.count(b"\n")
+        ):
+            with atomic_write(output) as file:  # an earlier try came further
+                file.write(before)
 
     # The stages.
 
@@ -369,38 +451,52 @@ class Hour:
         return [name for name in EXPERIMENTS if name not in self.state["missing_data"]]
 
     def test(self) -> None:
-        """The tests that are marked `cuda`."""
-        log = self.kept / LOG
-        begun = log.stat().st_size if log.exists() else 0
-        program = [
-            *("-m", "pytest", "-m", "cuda", "-v", "-rfE", "--tb=short", "-p", "no:cacheprovider"),
-            # The suite's own options name plugins that may be missing here; files that need other
-            # packages that are missing are told of and passed over.
-            *("-o", "addopts=--import-mode=importlib --strict-config"),
-            "--continue-on-collection-errors",
-            "tests/optim/test_cuda.py" if self.rehearsed else "tests",
-        ]
-        # Status 1: some failed; 5: there are none here.
-        if not self.stage("tests", program, signal.SIGINT, over=(0, 1, 5)):
+        """The tests that are marked `cuda`, file by file; rehearsed, that they can be collected."""
+        entry = self.entry("tests")
+        if entry is None:
             return
-        said = log.read_bytes()[begun:].decode(errors="replace")
-        found = gpu_report.test_results(said)
-        self.state["stages"]["tests"].update(found)
+        results = entry.setdefault("files", {})
+        files = [f"tests/{name}" for name in TESTS]
+        groups = [files] if self.rehearsed else [[file] for file in files]
+        for number, group in enumerate(groups):
+            name, start = " ".join(group), time.monotonic()
+            left = LIMITS["tests"] - entry["seconds"]
+            if name in results or not left > 0 or not self.left:
+                continue
+            log = self.kept / LOG
+            begun = log.stat().st_size if log.exists() else 0
+            # The suite's own options name plugins that may be missing here.
+            program = ["-m", "pytest", "-m", "cuda", "-v", "-rfE", "--tb=short"]
+            program += ["-p", "no:cacheprovider", "-o", "addopts=--import-mode=importlib", *group]
+            # Half of the time at most, so that one that hangs leaves the others theirs.
+            share = left if number == len(groups) - 1 else left / 2
+            code = self.do(program, share, stop=signal.SIGKILL)
+            entry["seconds"] += time.monotonic() - start
+            found = gpu_report.test_results(log.read_bytes()[begun:].decode(errors="replace"))
+            if code is not None or self.left:  # not cut off by the slice's end
+                found["note"] += "" if code is not None else "; cut off"
+                # 1: some failed; 5: there are none here.
+                found["note"] += f"; status {code}" if code not in (None, 0, 1, 5) else ""
+                results[name] = found
+            self.publish()
+        over = all(" ".join(group) in results for group in groups)
+        entry["status"] = "done" if over else "interrupted"
+        if not over and LIMITS["tests"] <= entry["seconds"]:
+            entry["status"] = "cut off"
 
     def bench_optimizer(self) -> None:
         """A step of every optimizer."""
-        output = str(self.kept / "optimizer.csv")
-        program = ["scripts/bench_optimizer.py", "--output", output]
-        program += ["--tiny", "--p", "0.8", "--repeats", "1"] if self.rehearsed else []
-        program += [] if self.rehearsed else ["--device", "cuda", "--p", "0.5", "0.8", "1.5"]
-        self.stage("optimizer", program, signal.SIGTERM)
+        tiny = ["--tiny", "--p", "0.8", "--repeats", "1"]
+        whole = ["--device", "cuda", "--p", "0.5", "0.8", "1.5"]
+        self.benchmark(
+            "optimizer", ["scripts/bench_optimizer.py", *(tiny if self.rehearsed else whole)]
+        )
 
     def bench_training(self) -> None:
         """A training step with every optimizer."""
         if not self.able:
             return
-        output = str(self.kept / "training.csv")
-        program = ["scripts/bench_training.py", "--output", output]
+        program = ["scripts/bench_training.py"]
         if self.rehearsed:
             name = self.able[0]
             words = self.words(name, ["trainer.steps=100", "trainer.eval_every=100"])
@@ -410,7 +506,7 @@ class Hour:
         else:
             program += ["--cases", *(CASES[name] for name in self.able), "--device", "cuda"]
             program += ["--rounds", "2", "--seconds", "4"]
-        self.stage("training", program, signal.SIGTERM)
+        self.benchmark("training", program)
 
     def train_hour(self) -> None:
         """The runs of `configs/hydra/sweeper/hour.yaml`."""
@@ -427,7 +523,8 @@ class Hour:
             run = Run(settings, build_data(settings))
             known.append({"experiment": name, "run_id": run.id, "name": run.name})
         self.state["hour"] = known
-        if wanted:
+        ended = {row["run_id"] for rows in self.rows().values() for row in rows}
+        if not {run["run_id"] for run in known} <= ended:
             self.say(f"--- {gpu_report.TITLES['hour']}")
             runs = f"hydra.sweeper.runs={json.dumps(wanted)}"
             self.train(["experiments/train.py", "-m", "hydra/sweeper=hour", runs])

@@ -18,6 +18,7 @@ import pandas as pd
 import torch
 
 from pnorm_decay import compiler
+from pnorm_decay.training.settings import bf16_is_fast
 
 REPORT = "report.md"
 TITLES = {
@@ -64,6 +65,7 @@ def environment() -> list[str]:
             nvrtc = "found"
         except OSError as error:
             nvrtc = f"missing, so that the fused step is not used: {error}"
+    has_bf16 = on_gpu and bf16_is_fast(torch.device("cuda"))
     missing = [name for name in OPTIONAL if not importlib.util.find_spec(import_name(name))]
     memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / 2**30
     gpu_software = f"CUDA {torch.version.cuda}, driver {driver()}" if on_gpu else "no CUDA"
@@ -72,7 +74,7 @@ def environment() -> list[str]:
         f"torch {torch.__version__}, {gpu_software}",
         f"Python {platform.python_version()}, {platform.platform()}",
         f"{os.cpu_count()} CPU cores, {memory:.0f} GiB of memory",
-        f"bf16: {'yes' if on_gpu and torch.cuda.is_bf16_supported() else 'not on a GPU'}",
+        f"bf16: {'in hardware' if has_bf16 else 'not on this GPU' if on_gpu else 'not on a GPU'}",
         f"run-time compiler (NVRTC): {nvrtc}",
         f"C compiler: {shutil.which(os.environ.get('CC', 'cc')) or 'none (not needed)'}",
         f"packages that are missing and not needed: {', '.join(missing) or 'none'}",
@@ -190,8 +192,11 @@ def tests_told(state: dict[str, Any]) -> str:
     tests = state["stages"].get("tests")
     if tests is None:
         return "Not run yet."
-    told = f"{tests['status']} after {tests['seconds']:.0f} s: {tests.get('note', '')}"
-    return "\n".join([told, *(f"- failed: `{name}`" for name in tests.get("failed", []))])
+    lines = [f"{tests['status']} after {tests['seconds']:.0f} s:", ""]
+    for file, found in tests.get("files", {}).items():
+        lines.append(f"- {file}: {found['note']}")
+        lines += [f"  - failed: `{name}`" for name in found["failed"]]
+    return "\n".join(lines)
 
 
 def benchmarks_told(state: dict[str, Any], folder: Path) -> Iterator[str]:
@@ -227,5 +232,6 @@ def report(
     parts += benchmarks_told(state, folder)
     parts += ["## The paper's experiments", table(hour_rows(state, rows), HOUR), f"{counts}."]
     parts += ["## What is left"]
-    parts.append("\n".join(f"- {line}" for line in what_is_left(state, rows).splitlines()))
+    left = what_is_left(state, rows).splitlines()
+    parts.append("\n".join(f"- {line.removeprefix('left: ')}" for line in left))
     return "\n\n".join(parts) + "\n"

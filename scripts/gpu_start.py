@@ -11,10 +11,12 @@ from __future__ import annotations
 import importlib.util
 import json
 import os
+import platform
 import subprocess
 import sys
 import tarfile
 import tempfile
+import time
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
@@ -55,8 +57,19 @@ def unpack() -> None:
 
 
 def main() -> None:
+    started = time.monotonic()
     if sys.version_info < (3, 11):  # noqa: UP036 - nobody has chosen this Python for us
         sys.exit(f"Python 3.11 or newer is needed; {sys.executable} is {sys.version.split()[0]}")
+    if not hasattr(tarfile, "data_filter"):
+        sys.exit(f"Python 3.11.4 or newer is needed; {sys.executable} is {sys.version.split()[0]}")
+    here = f"{sys.version_info.major}.{sys.version_info.minor}", platform.machine()
+    made_for = tuple((HERE / "made_for.txt").read_text().split())
+    if made_for != here:
+        sys.exit(
+            f"this folder was packed for Python {' on '.join(made_for)}, and this is Python "
+            f"{' on '.join(here)}: pack it again by "
+            f"python scripts/gpu_bundle.py --python {here[0]} --machine {here[1]}"
+        )
     if importlib.util.find_spec("torch") is None:
         sys.exit(f"{sys.executable} has no torch: start this with a Python that has it")
     if not PACKAGES.exists():
@@ -65,6 +78,7 @@ def main() -> None:
     os.environ["PYTHONPATH"] = os.pathsep.join([str(PACKAGES), *([before] if before else [])])
     for folder in (HERE / "data").iterdir():
         os.environ.setdefault(folder.name, str(next(folder.iterdir())))
+    os.environ["GPU_HOUR_STARTED"] = str(started)
     program = str(HERE / "code" / "scripts" / "gpu.py")
     os.execv(sys.executable, [sys.executable, program, *sys.argv[1:]])
 

@@ -219,9 +219,9 @@ def test_bad_values_are_named(options: dict[str, Any], message: str) -> None:
 
 
 def test_an_optimizer_that_cannot_decay_is_refused() -> None:
-    with pytest.raises(TypeError, match="must be a torch.optim.Optimizer, not a Sequential"):
+    with pytest.raises(TypeError, match=r"must be a torch\.optim\.Optimizer, not a Sequential"):
         TargetSparsity(network(), 0.9, 100)  # type: ignore[arg-type]
-    with pytest.raises(ValueError, match="Adam has no p-norm decay .* attach_pnorm_decay"):
+    with pytest.raises(ValueError, match=r"Adam has no p-norm decay .* attach_pnorm_decay"):
         TargetSparsity(torch.optim.Adam(network().parameters()), 0.9, 100)
     with pytest.raises(ValueError, match="lambda_p is 0 in every group"):
         TargetSparsity(AdamPWD(network().parameters(), p=0.8, lambda_p=0.0), 0.9, 100)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.metadata
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -142,7 +143,7 @@ def test_every_run_of_the_list_is_one_of_the_paper():
 
 def test_it_is_stopped_in_the_middle_and_goes_on_to_the_end(tmp_path, environment):
     command = [sys.executable, PROGRAM, "--rehearse", "--folder", str(tmp_path), "--workers", "1"]
-    out = tmp_path / "out"
+    out = tmp_path / "out" / "rehearsal"  # beside what may be real
     rows = out / "resnet18_cifar10.csv"
     stopped = subprocess.Popen(
         [*command, "--stages", "hour"], env=environment, stdout=subprocess.PIPE, text=True
@@ -203,45 +204,131 @@ FOREVER = ["-c", "import time\nwhile True: time.sleep(0.01)"]
 
 def test_a_stage_ends_at_its_limit_and_is_not_begun_again(hour, monkeypatch):
     one, module = hour
-    monkeypatch.setitem(module.LIMITS, "tests", 0.2)
-    one.stage("tests", FOREVER, signal.SIGTERM)
-    assert one.state["stages"]["tests"]["status"] == "cut off"
-    seconds = one.state["stages"]["tests"]["seconds"]
-    one.stage("tests", FOREVER, signal.SIGTERM)
-    assert one.state["stages"]["tests"]["seconds"] == seconds
+    monkeypatch.setitem(module.LIMITS, "training", 0.2)
+    one.benchmark("training", FOREVER)
+    assert one.state["stages"]["training"]["status"] == "cut off"
+    seconds = one.state["stages"]["training"]["seconds"]
+    one.benchmark("training", FOREVER)
+    assert one.state["stages"]["training"]["seconds"] == seconds
 
 
 def test_a_stage_that_the_slice_ends_is_gone_on_with(hour):
     one, _ = hour
-    one.end = time.monotonic() + 0.2
-    one.stage("tests", FOREVER, signal.SIGTERM)
-    assert one.state["stages"]["tests"]["status"] == "interrupted"
-    one.end = time.monotonic() + 60
-    one.stage("tests", ["-c", "pass"], signal.SIGTERM)
-    assert one.state["stages"]["tests"]["status"] == "done"
-    one.stage("optimizer", ["-c", "raise SystemExit(3)"], signal.SIGTERM)
+    one.slice, one.end = 0.2, time.monotonic() + 0.2
+    one.benchmark("training", FOREVER)
+    assert one.state["stages"]["training"]["status"] == "interrupted"
+    one.slice, one.end = 60, time.monotonic() + 60
+    one.benchmark("training", ["-c", "pass"])
+    assert one.state["stages"]["training"]["status"] == "done"
+    one.benchmark("optimizer", ["-c", "raise SystemExit(3)"])
     assert one.state["stages"]["optimizer"]["status"] == "failed with status 3"
 
 
-def test_a_long_log_is_cut(hour, monkeypatch):
+def test_a_stage_that_does_not_fit_waits_for_the_next_slice(hour):
+    one, _ = hour
+    one.slice, one.end = 510, time.monotonic() + 200
+    one.benchmark("optimizer", ["-c", "raise SystemExit(3)"])
+    assert one.state["stages"]["optimizer"]["status"] == "not begun"
+
+
+def test_rows_of_a_try_that_came_further_stay(hour):
+    one, _ = hour
+    output = one.kept / "optimizer.csv"
+    write = "import sys; open(sys.argv[-1], 'w').write('model\\n' + 'a\\n' * {})"
+    for count in (3, 1):
+        one.state["stages"].clear()
+        one.benchmark("optimizer", ["-c", write.format(count)])
+        assert output.read_text() == "model\na\na\na\n"
+
+
+def test_a_stage_that_fails_does_not_stop_the_others(hour, monkeypatch, capsys):
+    one, _ = hour
+    monkeypatch.setattr(one, "look_around", lambda: None)
+    monkeypatch.setattr(one, "test", lambda: {}["nosuch"])
+    monkeypatch.setattr(one, "sweep", lambda: one.say("the next stage"))
+    assert one.spend(["tests", "sweeps"]) == 2
+    assert "the next stage" in capsys.readouterr().out
+    assert one.state["stages"]["tests"]["status"] == "failed: 'nosuch'"
+    assert "failed: 'nosuch'" in (one.kept / "report.md").read_text()
+
+
+def test_what_cannot_be_read_is_set_aside(hour, monkeypatch, capsys):
+    one, _ = hour
+    monkeypatch.setattr(one, "look_around", lambda: None)
+    broken = ("hour.json", "runs.tar.gz", "resnet18_cifar10.csv")
+    for name in broken:
+        (one.kept / name).write_bytes(b"\x1f\x8b cut off")
+    (one.kept / "optimizer.csv").touch()
+    assert one.spend([]) == 0
+    said = capsys.readouterr().out
+    for name in broken:
+        assert f"{name} cannot be read and is now {name}.broken" in said
+        assert (one.kept / f"{name}.broken").exists()
+    assert "not published now" in said  # for the empty benchmark
+
+
+def test_a_rehearsal_is_not_taken_for_the_real_thing(load, monkeypatch, tmp_path, hour):
+    rehearsed, module = hour
+    monkeypatch.setenv("OUT", str(tmp_path / "out"))
+    rehearsed = module.Hour(tmp_path, 60.0, None, rehearsed=True)
+    rehearsed.publish()
+    assert not (tmp_path / "out" / "hour.json").exists()
+    real = module.Hour(tmp_path / "real", 60.0, None, rehearsed=False)
+    real.kept.mkdir(parents=True)
+    real.resume()
+    assert real.state["rehearsed"] is False
+    real = module.Hour(tmp_path, 60.0, None, rehearsed=False)
+    with pytest.raises(module.ConfigError, match=r"gpu holds a rehearsal: choose another folder"):
+        real.resume()
+
+
+def test_a_signal_that_comes_twice_at_once_is_one(hour):
+    one, _ = hour
+    with subprocess.Popen([sys.executable, *FOREVER], process_group=0) as process:
+        one.process = process
+        for _ in range(2):
+            one.on_signal(signal.SIGTERM, None)
+        assert process.poll() is None
+        one.asked -= 1  # the second comes later
+        one.on_signal(signal.SIGTERM, None)
+        assert process.wait() == -signal.SIGKILL
+
+
+def test_tests_are_done_file_by_file_and_go_on(hour, monkeypatch):
     one, module = hour
-    monkeypatch.setattr(module, "LARGEST", 1000)
-    (one.kept / "log.txt").write_text("begin" + "x" * 2000 + "end")
-    one.publish()
-    log = (one.kept / "log.txt").read_text()
-    assert len(log) == 500
-    assert log.endswith("end")
+    one.rehearsed = False
+    monkeypatch.setattr(module, "TESTS", ["test_fails.py", "scripts/test_goes_on.py"])
+    asked = []
+
+    def do(program, seconds, *, stop):
+        asked.append(program[-1])
+        with (one.kept / "log.txt").open("a") as log:
+            log.write(
+                f"{program[-1]}::test_it {'FAILED' if 'fails' in program[-1] else 'PASSED'} [1%]\n"
+            )
+        one.stopped = len(asked) == 2
+        return None if one.stopped else 1
+
+    monkeypatch.setattr(one, "do", do)
+    one.slice, one.end = 400, time.monotonic() + 400
+    one.test()
+    entry = one.state["stages"]["tests"]
+    assert entry["status"] == "interrupted"
+    assert entry["files"]["tests/test_fails.py"]["failed"] == ["tests/test_fails.py::test_it"]
+    one.stopped = False
+    one.test()
+    assert asked == ["tests/test_fails.py", *["tests/scripts/test_goes_on.py"] * 2]
+    assert entry["status"] == "done"
 
 
-def test_what_pytest_says_is_counted(load):
-    report = load("gpu_report")
-    log = (
-        "tests/a.py::test_one PASSED      [ 33%]\n"
-        "tests/a.py::test_two[cuda 0] FAILED   [ 66%]\n"
-        "tests/b.py::test_three SKIPPED (no second GPU)\n"
-        "FAILED tests/a.py::test_two[cuda 0] - assert 0\n"
-        "ERROR tests/c.py - ModuleNotFoundError: No module named 'matplotlib'\n"
-    )
-    found = report.test_results(log)
-    assert found["note"] == "1 failed, 1 files that could not be imported, 1 passed, 1 skipped"
-    assert found["failed"] == ["tests/a.py::test_two[cuda 0]"]
+MARKED = re.compile(r"pytest\.mark\.cuda|^def test_\w+\([^)]*\bdevice\b", re.MULTILINE)
+
+
+def test_all_files_with_tests_for_a_gpu_are_listed(load):
+    tests = REPOSITORY / "tests"
+    marked = {
+        path.relative_to(tests).as_posix()
+        for path in tests.rglob("test_*.py")
+        if MARKED.search(path.read_text()) and path != Path(__file__)
+    }
+    assert marked == set(load("gpu_hour").TESTS)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ensurepip
 import os
+import platform
 import shutil
 import subprocess
 import sys
@@ -47,6 +48,8 @@ def packed(load, tmp_path):
     make_wheel(wheels, "pnorm_probe")
     module.pack(wheels, folder / "wheels.tar.xz")
     (folder / "requirements.txt").write_text("pnorm_probe\ntorch\n")
+    here = f"{sys.version_info.major}.{sys.version_info.minor} {platform.machine()}"
+    (folder / "made_for.txt").write_text(here)
     shutil.copy(pips[0], folder)
     shutil.copy(REPOSITORY / "scripts" / "gpu_start.py", folder / "start.py")
     (folder / "code" / "scripts" / "gpu.py").write_text(
@@ -77,6 +80,16 @@ def test_a_package_that_the_folder_lacks_ends_it(packed):
     assert done.returncode == 2
     assert "pnorm_no_such_package" in done.stderr
     assert "Traceback" not in done.stderr
+
+
+def test_a_folder_for_another_python_says_so(packed):
+    (packed / "made_for.txt").write_text("3.99 riscv64\n")
+    done = subprocess.run(
+        [sys.executable, str(packed / "start.py")], capture_output=True, text=True
+    )
+    assert done.returncode == 1
+    assert "was packed for Python 3.99 on riscv64, and this is Python 3." in done.stderr
+    assert len(done.stderr.splitlines()) == 1
 
 
 def test_the_code_goes_along_with_its_commit(load, monkeypatch, tmp_path):
