@@ -124,7 +124,7 @@ def keep_curves(runs: Path, frame: pd.DataFrame, path: Path) -> int:
         frame: all recorded runs of the experiment.
         path: the file.
     """
-    curves = {}
+    curves, others = {}, []
     for run_id, accuracy in zip(frame["run_id"], frame["val_accuracy"], strict=True):
         of_run = runs / run_id / METRICS_FILE
         if of_run.exists():
@@ -132,6 +132,12 @@ def keep_curves(runs: Path, frame: pd.DataFrame, path: Path) -> int:
             ends = curve["val_accuracy"].tail(1).tolist() if "val_accuracy" in curve else []
             if math.isnan(accuracy) or ends == [repr(accuracy)]:
                 curves[run_id] = curve
+            else:
+                others.append(run_id)
+    if others:
+        console.print(
+            f"  the curves of {', '.join(others)} do not end as recorded and are left out"
+        )
     return records.write_curves(path, curves, frame["run_id"]) if curves or path.exists() else 0
 
 
@@ -168,6 +174,10 @@ def main() -> None:
     if not written:
         of_scale = f" of scale {arguments.scale}" if arguments.scale else ""
         console.print(f"no finished runs{of_scale} below {arguments.runs}/")
+        folders = [folder / str(arguments.scale) for folder in (arguments.runs, arguments.results)]
+        if arguments.scale and not any(folder.is_dir() for folder in folders):
+            console.print(f"error: --scale {arguments.scale}: nothing has been run at this scale")
+            sys.exit(2)
 
 
 if __name__ == "__main__":

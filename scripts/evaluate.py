@@ -116,6 +116,10 @@ def main() -> None:
         where = TrainerSettings(steps=1, device=arguments.device, precision=precision)
         device = where.resolve_device()
         where.resolve_precision(device)
+        if not arguments.runs.is_dir():
+            raise ConfigError(
+                f"there is no folder {arguments.runs}; --runs says where the runs are"
+            )
         found = list(saved_networks(arguments.runs, arguments.results, arguments.run_ids))
         if unknown := set(arguments.run_ids) - {result["record"]["run_id"] for *_, result in found}:
             lacking = ", ".join(sorted(unknown))

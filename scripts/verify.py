@@ -211,6 +211,8 @@ def main() -> None:
         "--longest", type=float, default=100, help="seconds that a run may have taken (default 100)"
     )
     args = parser.parse_args()
+    if not args.longest > 0:
+        parser.error(f"--longest {args.longest:g}: must be positive")
     experiments, errors = load_all(args.results, SCALES)
     same = [verify(experiment, args.longest) for experiment in experiments]
     networks = sorted((args.results / "networks").rglob("*.safetensors"))

@@ -39,8 +39,11 @@ def test_undecayed_parameters_hold_no_zeros_and_are_stepped_as_in_the_recorded_r
     ("options", "line"),
     [
         ({"p": 0}, r"optimizer: Invalid p: 0"),
-        ({"exact": True, "p": 3}, r"optimizer: Invalid p: 3"),
-        ({"exact": True, "reweight_every": 2}, r"optimizer: `exact` and `reweight_every` exclude"),
+        ({"method": "exact", "exact": True, "p": 3}, r"optimizer: Invalid p: 3"),
+        (
+            {"method": "exact", "exact": True, "reweight_every": 2},
+            r"optimizer: `exact` and `reweight_every` exclude",
+        ),
     ],
 )
 def test_what_only_the_optimizer_knows_is_found_before_there_is_a_model(options, line):

@@ -264,7 +264,7 @@ def test_the_columns_that_settings_determine(change, columns):
         (["model.n_embd=48"], "model.n_embd=48"),
         (["trainer.steps=20", "model.n_embd=48"], "model.n_embd=48 trainer.steps=20"),
         (["+optimizer.weight_decay=0.1"], "optimizer.weight_decay=0.1"),
-        (["+optimizer.exact=true"], "optimizer.exact=true"),
+        (["+optimizer.hold_zeros=true"], "optimizer.hold_zeros=true"),
         (["betas=[0.8,0.9]"], "optimizer.betas=[0.8,0.9]"),
         (["optimizer=adamw", "optimizer.weight_decay=0.3"], ""),
         (["optimizer=adamw", "pruning=magnitude", "pruning.sparsity=0.5"], ""),

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import warnings
+
 import pytest
 from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 from omegaconf import OmegaConf
 
-from pnorm_decay.training.progress import TOTAL, sweep_position
+from pnorm_decay.training.progress import TOTAL, sweep_position, warnings_in_lines
 
 SIX_MINUTES = 360.0
 
@@ -36,3 +38,11 @@ def test_other_launchers_do_not_say_how_many_runs_there_are(third_of_sixty, monk
 
 def test_a_single_run_has_no_position():
     assert sweep_position(SIX_MINUTES) == ""
+
+
+def test_a_warning_to_users_is_a_line(capsys):
+    with warnings_in_lines():
+        warnings.warn("of two\nlines", stacklevel=1)
+    assert capsys.readouterr().err == "warning: of two lines\n"
+    with pytest.warns(UserWarning, match="afterwards"):
+        warnings.warn("afterwards as before", stacklevel=1)

@@ -26,9 +26,7 @@ CHOICES = {
     "exact_target": "optimizer=exact decay_schedule=target_sparsity",
     "l1": "optimizer=l1",
     "magnitude": "optimizer=adamw pruning=magnitude",
-    "magnitude_global": (
-        "optimizer=adamw pruning=magnitude pruning.name=magnitude_global pruning.scope=global"
-    ),
+    "magnitude_global": "optimizer=adamw pruning=magnitude_global",
     "oto": "optimizer=adamw pruning=oto",
     "proximal": "optimizer=proximal",
     "pwd": "optimizer=pwd",

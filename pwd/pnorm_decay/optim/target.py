@@ -122,9 +122,10 @@ class TargetSparsity:
         self._sum = 0.0
         for group in optimizer.param_groups:
             if "hold_zeros" not in group:
+                kind = type(optimizer).__name__
                 raise ValueError(
-                    f"Invalid optimizer: {type(optimizer).__name__} has no p-norm decay (use AdamPWD "
-                    "or SGDPWD, or call attach_pnorm_decay on it first)"
+                    f"Invalid optimizer: {kind} has no p-norm decay (use AdamPWD or SGDPWD, or "
+                    "call attach_pnorm_decay on it first)"
                 )
             group.setdefault("initial_lambda_p", float(group["lambda_p"]))
         if not self._decaying():

@@ -5,7 +5,8 @@ from __future__ import annotations
 import contextlib
 import os
 import sys
-from collections.abc import Mapping
+import warnings
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from hydra.core.hydra_config import HydraConfig
@@ -14,6 +15,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
+from pnorm_decay.messages import one_line
 from pnorm_decay.training.settings import cores
 
 TOTAL = "PNORM_SWEEP_TOTAL"  # environment variable of a sweep's jobs, set by our launcher
@@ -42,6 +44,24 @@ console = Console(file=StandardError(), highlight=False, soft_wrap=True, markup=
 def is_first_process() -> bool:
     """Whether this process speaks for those that do a run together, as torchrun starts them."""
     return os.environ.get("RANK", "0") == "0"
+
+
+@contextlib.contextmanager
+def warnings_in_lines() -> Iterator[None]:
+    """Warnings to users come as a line each, without the place in the code that warns."""
+    before = warnings.showwarning
+
+    def show(message: Warning | str, category: type[Warning], *place: Any, **rest: Any) -> None:
+        if not issubclass(category, UserWarning):
+            before(message, category, *place, **rest)
+        elif is_first_process():
+            console.print(f"{sweep_position()}warning: {one_line(message)}", style="yellow")
+
+    warnings.showwarning = show
+    try:
+        yield
+    finally:
+        warnings.showwarning = before
 
 
 def in_sweep() -> bool:

@@ -39,6 +39,7 @@ from pnorm_decay.training.progress import (
     summary_table,
     sweep_position,
     sweep_workers,
+    warnings_in_lines,
 )
 from pnorm_decay.training.provenance import describe_machine, git_commit
 from pnorm_decay.training.settings import ConfigError, Settings
@@ -185,7 +186,8 @@ def _run(run: Run) -> dict[str, Any] | None:
         record = finished_record(run)  # while this process waited
         if record is None and is_ours:
             try:
-                record = train_and_record(run, accelerator)
+                with warnings_in_lines():
+                    record = train_and_record(run, accelerator)
             except (ConfigError, DataError, OSError):
                 raise
             except Exception as error:

@@ -175,5 +175,5 @@ class TargetSchedule(Way):
         try:
             return [TargetSparsity(optimizer, self.sparsity, steps, begin=self.begin, end=self.end)]
         except ValueError as error:
-            hint = "use optimizer=pwd, exact or sgd_pwd"
+            hint = "use optimizer=pwd, exact or sgd_pwd with lambda_p above 0"
             raise ConfigError(f"decay_schedule=target_sparsity: {error}; {hint}") from error

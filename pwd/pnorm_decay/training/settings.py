@@ -9,7 +9,7 @@ import json
 import os
 import typing
 from collections.abc import Callable, Mapping
-from typing import Annotated, Any, ClassVar, Literal, Self
+from typing import Annotated, Any, ClassVar, Literal, NamedTuple, Self
 
 import torch
 from hydra.utils import get_object
@@ -85,7 +85,7 @@ def explain(
     name = ".".join(path)
     if first["type"] == "value_error":  # of our own checks, which say everything
         return str(first["ctx"]["error"])
-    if first["type"] == "missing":
+    if first["type"] == "missing" and found is None:
         return f"{name}: is missing; must be {wanted}"
     if first["type"] == "extra_forbidden":
         known = ", ".join(sorted(field.alias or n for n, field in fields.model_fields.items()))
@@ -101,7 +101,7 @@ def allowed(message: str) -> str:
 def shown(value: object) -> str:
     """A value as one would write it in a config, cut short where it is long."""
     if isinstance(value, float):
-        return f"{value:g}"
+        return f"{value:g}" if value % 1 else repr(value)
     text = value if isinstance(value, str) else json.dumps(value, default=str)
     text = " ".join(text.split())
     return text if len(text) <= 80 else f"{text[:79]}…"
@@ -138,6 +138,24 @@ class Part(Checked):
     def options(self) -> dict[str, Any]:
         """What the class is given."""
         return {k: v for k, v in self.config.items() if k not in {"_target_", *self.LABELS}}
+
+    def _check_name(self, key: str, name: str) -> None:
+        """Raises a ValueError where a name in records stands for something else than this."""
+        where, known = f"{self.GROUP}.{key}={name}", METHODS.get(name)
+        if name.endswith(STEERED):
+            raise ValueError(f"{where}: must not end with {STEERED}, as runs to a target do")
+        if known is None:
+            return
+        if (known.group, known.target) != (self.GROUP, self.target):
+            raise ValueError(
+                f"{where}: {self.target} is not that method; must be a name that no method has"
+            )
+        for option, values in known.options.items():
+            if (given := self.options.get(option)) not in values:
+                raise ValueError(
+                    f"{self.GROUP}.{option}={shown(given)}: {self.GROUP}.{key}={name} stands for "
+                    "another value; must have a name that no method has"
+                )
 
     def check_options(self, group: str) -> None:
         """Compares the options with the signature of the class: their names and types.
@@ -208,6 +226,38 @@ def option_types(kind: Any) -> dict[str, TypeAdapter[Any]]:
     return types
 
 
+class Named(NamedTuple):
+    """What a method's name stands for: in a group, a class with options in a range of values."""
+
+    group: str
+    target: str
+    options: Mapping[str, tuple[object, ...]] = {}
+
+
+METHODS = {
+    "adamw": Named("optimizer", "torch.optim.AdamW"),
+    "sgd": Named("optimizer", "torch.optim.SGD"),
+    "pwd": Named("optimizer", "pnorm_decay.AdamPWD", {"exact": (None, False)}),
+    "exact": Named("optimizer", "pnorm_decay.AdamPWD", {"exact": (True,)}),
+    "sgd_pwd": Named("optimizer", "pnorm_decay.SGDPWD", {"exact": (None, False)}),
+    "l1": Named("optimizer", "pnorm_decay.baselines.ProximalAdam"),
+    "proximal": Named("optimizer", "pnorm_decay.baselines.ProximalAdam"),
+    "coupled": Named("optimizer", "pnorm_decay.baselines.CoupledAdam"),
+    "none": Named("pruning", "pnorm_decay.baselines.NoPruning"),
+    "magnitude": Named(
+        "pruning", "pnorm_decay.baselines.MagnitudePruning", {"scope": (None, "layer")}
+    ),
+    "magnitude_global": Named(
+        "pruning", "pnorm_decay.baselines.MagnitudePruning", {"scope": ("global",)}
+    ),
+    "oto": Named("pruning", "pnorm_decay.baselines.OTO"),
+    "spred": Named("pruning", "pnorm_decay.baselines.Factorised", {"factors": (2,)}),
+    "dwf": Named("pruning", "pnorm_decay.baselines.Factorised", {"factors": (*range(3, 100),)}),
+    "rewa": Named("pruning", "pnorm_decay.baselines.ReWA"),
+}
+STEERED = "_target"  # ends the names of methods that are steered to a sparsity
+
+
 class DataSettings(Part):
     """What `configs/data/*.yaml` set: a `Dataset`."""
 
@@ -238,7 +288,7 @@ class OptimizerSettings(Part):
         tuple[Annotated[float, Field(ge=0, lt=1)], Annotated[float, Field(ge=0, lt=1)]] | None
     ) = Field(None, description="two numbers in [0, 1)")
     eps: float | None = Field(None, ge=0, allow_inf_nan=False, description=STRENGTH)
-    momentum: float | None = Field(None, ge=0, allow_inf_nan=False, description=STRENGTH)
+    momentum: float | None = Field(None, ge=0, lt=1, description=FRACTION)
     p: float | None = Field(None, ge=0, allow_inf_nan=False, description=STRENGTH)
     lambda_p: float | None = Field(None, ge=0, allow_inf_nan=False, description=STRENGTH)
     weight_decay: float | None = Field(None, ge=0, allow_inf_nan=False, description=STRENGTH)
@@ -258,26 +308,8 @@ class OptimizerSettings(Part):
     def _names_its_method(self) -> Self:
         if self.method == "l1" and self.p != 1:
             raise ValueError(f"optimizer.p={self.p}: l1 has p=1; optimizer=proximal has any p")
-        of_name = METHODS.get(self.method)
-        if of_name is not None and self.target != of_name:
-            raise ValueError(
-                f"optimizer.method={self.method}: {self.target} is not that method; "
-                "must be a name that no method has"
-            )
+        self._check_name("method", self.method)
         return self
-
-
-# Names of methods that stand for one optimizer alone.
-METHODS = {
-    "adamw": "torch.optim.AdamW",
-    "sgd": "torch.optim.SGD",
-    "pwd": "pnorm_decay.AdamPWD",
-    "exact": "pnorm_decay.AdamPWD",
-    "sgd_pwd": "pnorm_decay.SGDPWD",
-    "l1": "pnorm_decay.baselines.ProximalAdam",
-    "proximal": "pnorm_decay.baselines.ProximalAdam",
-    "coupled": "pnorm_decay.baselines.CoupledAdam",
-}
 
 
 class PruningSettings(Part):
@@ -307,6 +339,7 @@ class PruningSettings(Part):
     def _is_named(self) -> Self:
         if self.is_none != (self.target == "pnorm_decay.baselines.NoPruning"):
             raise ValueError(f"pruning.name={self.name}: {self.target} must have another name")
+        self._check_name("name", self.name)
         return self
 
 
