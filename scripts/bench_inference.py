@@ -70,18 +70,18 @@ def with_random_zeros(model: nn.Module, share: float) -> nn.Module:
     stream = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for _, weight in split_decayed(model)[0]:
-            weight.mul_(torch.rand(weight.shape, generator=stream) >= share)
+            weight.masked_fill_(torch.rand(weight.shape, generator=stream) < share, 0)
     return model
 
 
 def example_of(case: str, model: nn.Module) -> Tensor:
     """What the network reads in one call."""
+    while isinstance(model, InBfloat16 | InParts):
+        model = model.module
     if isinstance(model, GPT):
         size, vocabulary = model.block_size, model.token_embedding.num_embeddings
         length = 1 if case == "write text" else min(READ, size)
         return torch.randint(vocabulary, (1, length), generator=torch.Generator().manual_seed(0))
-    while isinstance(model, InBfloat16 | InParts):
-        model = model.module
     first: Any = model.get_submodule("conv1")
     channels = first.weight.shape[1]
     return torch.randn(int(case.split()[0]), channels, 32, 32)

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from pnorm_decay.deploy import inference
-from pnorm_decay.deploy.inference import InParts
+from pnorm_decay.deploy.inference import InBfloat16, InParts
 from pnorm_decay.figures.inference import read
 from pnorm_decay.models.gpt import GPT
 from pnorm_decay.models.resnet import ResNet18
@@ -80,3 +80,17 @@ def test_bad_arguments(bench, monkeypatch, tmp_path, capsys):
         assert stopped.value.code == 2
         captured = capsys.readouterr()
         assert message in captured.err + captured.out
+
+
+def test_what_a_network_reads_does_not_depend_on_what_it_is_wrapped_in(bench):
+    for model, case in ((GPT(11, 1, 2, 8, 32), "read a prompt"), (ResNet18(width=2), "1 image")):
+        shape = bench.example_of(case, model).shape
+        assert bench.example_of(case, InBfloat16(model)).shape == shape
+        assert bench.example_of(case, InParts(model)).shape == shape
+
+
+def test_random_zeros_are_zeros_without_a_sign(bench):
+    model = bench.with_random_zeros(GPT(11, 1, 2, 8, 32), 0.5)
+    zeros = torch.cat([w[w == 0] for w in model.parameters()])
+    assert len(zeros) > 100
+    assert not zeros.signbit().any()
