@@ -135,9 +135,8 @@ def keep_curves(runs: Path, frame: pd.DataFrame, path: Path) -> int:
             else:
                 others.append(run_id)
     if others:
-        console.print(
-            f"  the curves of {', '.join(others)} do not end as recorded and are left out"
-        )
+        named = ", ".join(others[:3]) + ", …" * (len(others) > 3)
+        console.print(f"  {len(others)} curves do not end as recorded and are left out: {named}")
     return records.write_curves(path, curves, frame["run_id"]) if curves or path.exists() else 0
 
 
@@ -176,7 +175,9 @@ def main() -> None:
         console.print(f"no finished runs{of_scale} below {arguments.runs}/")
         folders = [folder / str(arguments.scale) for folder in (arguments.runs, arguments.results)]
         if arguments.scale and not any(folder.is_dir() for folder in folders):
-            console.print(f"error: --scale {arguments.scale}: nothing has been run at this scale")
+            console.print(
+                f"error: --scale {arguments.scale}: there is no {folders[0]} or {folders[1]}"
+            )
             sys.exit(2)
 
 

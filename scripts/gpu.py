@@ -23,6 +23,7 @@ import platform
 import re
 import signal
 import sys
+import tarfile
 import time
 import tomllib
 from pathlib import Path
@@ -117,6 +118,9 @@ def main() -> None:
 
     import torch
 
+    if not hasattr(tarfile, "data_filter"):
+        sys.stderr.write(f"this needs Python 3.11.4 or newer, not {platform.python_version()}\n")
+        sys.exit(2)
     if not arguments.rehearse and not torch.cuda.is_available():
         sys.stderr.write(
             f"this would spend {arguments.minutes:g} minutes on the CUDA tests, the benchmarks and "

@@ -164,7 +164,7 @@ def bundle(folder: Path, python: str, machine: str) -> None:
     copy_code(folder / "code")
     shutil.copyfile(REPOSITORY / "scripts" / "gpu_start.py", folder / "start.py")
     (folder / "requirements.txt").write_text("\n".join(requirements()) + "\n")
-    (folder / "made_for.txt").write_text(f"{python} {machine}\n")
+    (folder / "made_for.txt").write_text(f"{'.'.join(python.split('.')[:2])} {machine}\n")
     for variable, path in data.items():
         target = folder / "data" / variable / path.name
         target.parent.mkdir(parents=True)

@@ -12,11 +12,13 @@ import sys
 import tarfile
 import time
 import zlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from types import FrameType
 from typing import Any
 
+import pandas as pd
 from hydra import initialize_config_dir
 from omegaconf import OmegaConf
 
@@ -30,7 +32,6 @@ from pnorm_decay.messages import one_line
 from pnorm_decay.training import tracking
 from pnorm_decay.training.building import build_data
 from pnorm_decay.training.completing import runs_of
-from pnorm_decay.training.errors import print_error
 from pnorm_decay.training.run import Run
 from pnorm_decay.training.settings import ConfigError, Settings
 
@@ -72,6 +73,8 @@ ROWS = [f"{name}.csv" for name in EXPERIMENTS]
 KEPT = (gpu_report.REPORT, STATE, LOG, RUNS, "optimizer.csv", "training.csv", *ROWS)
 LOOK_SECONDS = 0.25  # between two looks at what a program is doing
 GRACE_SECONDS = 45.0  # a program's, to save its state after it was asked to stop
+FINISH_SECONDS = 15.0  # that recording what is there takes at the end
+PUBLISH_SECONDS = 15.0  # between two reports while a benchmark runs
 DOUBLE_SECONDS = 0.5  # two signals within it are one that came twice
 LARGEST = 15 * 2**20  # bytes of a file in gpu/
 LEAST_OF_SLICE = 0.9  # with so much of it left, a stage does not wait for the next slice
@@ -99,9 +102,10 @@ class Hour:
         self.published = Path(os.environ["OUT"]).resolve() if os.environ.get("OUT") else None
         if self.published is not None and rehearsed:  # what is there may be real
             self.published /= "rehearsal"
+        self.deadline = time.monotonic() + seconds
         # Of the time there is, what saving and the report take.
-        self.slice = seconds - min(GRACE_SECONDS, seconds / 10)
-        self.end = time.monotonic() + self.slice
+        self.end = self.deadline - min(GRACE_SECONDS + FINISH_SECONDS, seconds / 5)
+        self.slice = 0.0  # of it, what was left when the stages began
         self.stopped = False
         self.asked = 0.0  # when it was asked to stop
         self.process: subprocess.Popen[bytes] | None = None
@@ -128,14 +132,15 @@ class Hour:
         """
         for folder in (self.kept, self.runs):
             folder.mkdir(parents=True, exist_ok=True)
-        errors = 0
+        self.resume()  # where it refuses, what is there stays as it is
         before = {
             number: signal.signal(number, self.on_signal)
             for number in (signal.SIGINT, signal.SIGTERM)
         }
+        errors = self.state.setdefault("errors", {})
         try:
-            self.resume()
             self.look_around()
+            self.slice = self.left if {"hour", "sweeps"} & set(stages) else 0.0
             do: dict[str, Callable[[], None]] = {
                 "tests": self.test,
                 "optimizer": self.bench_optimizer,
@@ -147,11 +152,10 @@ class Hour:
                 if self.left:
                     try:
                         do[name]()
+                        errors.pop(name, None)
                     except Exception as error:
-                        errors += 1
-                        self.state["stages"].setdefault(name, {"seconds": 0.0})
-                        self.state["stages"][name]["status"] = f"failed: {one_line(str(error))}"
-                        print_error(error)
+                        errors[name] = one_line(f"{type(error).__name__}: {error}")
+                        self.say(f"failed: {gpu_report.TITLES.get(name, name)}: {errors[name]}")
                     self.publish()
         finally:
             self.publish()
@@ -193,42 +197,48 @@ class Hour:
         for path in (self.kept / name for name in KEPT):
             with contextlib.suppress(OSError):
                 path.chmod(0o644)  # what came back from another machine may be read-only
-        before: dict[str, Any] = {}
-        if state.exists():
-            with self.set_aside(state):
-                before = dict(json.loads(state.read_text(encoding="utf-8")))
+        before = self.readable(state, lambda: dict(json.loads(state.read_text("utf-8")))) or {}
         if before.get("rehearsed", self.rehearsed) != self.rehearsed:
             kind = "a rehearsal" if before["rehearsed"] else "results that are no rehearsal's"
             raise ConfigError(f"{self.kept} holds {kind}: choose another folder by --folder")
         self.state |= before
-        if (self.kept / RUNS).exists():
-            with self.set_aside(self.kept / RUNS):
-                self.unpack_runs()
+        for name, content in self.readable(self.kept / RUNS, self.packed_runs) or []:
+            if not (self.folder / name).exists():
+                with atomic_write(self.folder / name) as file:
+                    file.write(content)
         for name in EXPERIMENTS:
-            rows = self.kept / f"{name}.csv"
-            if rows.exists():
-                with self.set_aside(rows):
-                    records.write(self.recorded(name), records.read(rows))
+            rows = self.readable(
+                self.kept / f"{name}.csv", partial(records.read, self.kept / f"{name}.csv")
+            )
+            if rows is not None:
+                records.write(self.recorded(name), rows)
+        for name in ("optimizer", "training"):
+            self.readable(
+                self.kept / f"{name}.csv", partial(pd.read_csv, self.kept / f"{name}.csv")
+            )
 
-    @contextlib.contextmanager
-    def set_aside(self, path: Path) -> Iterator[None]:
-        """Renames a file where what is done with it fails, and says so."""
+    def readable(self, path: Path, read: Callable[[], Any]) -> Any:
+        """What a file holds; None where it is missing or, renamed and told of, broken."""
+        if not path.exists():
+            return None
         try:
-            yield
+            return read()
         except (OSError, EOFError, ValueError, TypeError, tarfile.TarError, zlib.error) as error:
             aside = path.with_name(f"{path.name}.broken")
             path.replace(aside)
-            self.say(f"{path} cannot be read and is now {aside.name}: {one_line(str(error))}")
+            self.say(f"{path} cannot be read and is now {aside.name}: {one_line(error)}")
+            return None
 
-    def unpack_runs(self) -> None:
-        """Puts the runs that were packed where they were, unless they are there."""
+    def packed_runs(self) -> list[tuple[str, bytes]]:
+        """Names and contents of the files of runs that were packed."""
+        found = []
         with tarfile.open(self.kept / RUNS) as archive:
             for member in archive:
                 member = tarfile.data_filter(member, str(self.folder))
                 content = archive.extractfile(member)
-                if content is not None and not (self.folder / member.name).exists():
-                    with atomic_write(self.folder / member.name) as file:
-                        file.write(content.read())
+                if content is not None:
+                    found.append((member.name, content.read()))
+        return found
 
     def recorded(self, name: str) -> Path:
         """An experiment's recorded rows."""
@@ -351,6 +361,10 @@ class Hour:
                             self.say(f"not recorded now: {one_line(str(error))}")
                     if not asked and (self.stopped or time.monotonic() > end):
                         asked, end = True, time.monotonic() + GRACE_SECONDS
+                        if not self.stopped:  # nobody asked; the time is over, or a stage's is
+                            end = max(
+                                time.monotonic() + 2, min(end, self.deadline - FINISH_SECONDS)
+                            )
                         if stop == signal.SIGKILL:
                             os.killpg(process.pid, stop)
                         else:
@@ -396,18 +410,31 @@ class Hour:
             return
         output = self.kept / f"{name}.csv"
         before = output.read_bytes() if output.exists() else b""
-        start = time.monotonic()
+        start, spent = time.monotonic(), entry["seconds"]
         entry["status"] = "interrupted"  # should this program be killed
-        left = LIMITS[name] - entry["seconds"]
+        self.publish()
+        published = start, before
+
+        def look() -> None:
+            nonlocal published
+            now, rows = time.monotonic(), output.read_bytes() if output.exists() else b""
+            entry["seconds"] = spent + now - start
+            if rows != published[1] or now - published[0] > PUBLISH_SECONDS:
+                published = now, rows
+                self.publish()
+
+        left = LIMITS[name] - spent
         at = command.index("--") if "--" in command else len(command)  # overrides follow
-        code = self.do([*command[:at], "--output", str(output), *command[at:]], left)
-        entry["seconds"] += time.monotonic() - start
+        code = self.do([*command[:at], "--output", str(output), *command[at:]], left, look=look)
+        entry["seconds"] = spent + time.monotonic() - start
         if code is not None:
             entry["status"] = "done" if code == 0 else f"failed with status {code}"
         elif self.left or entry["seconds"] >= LIMITS[name]:
             entry["status"] = "cut off"
-        if before and (
-            not output.exists() or output.read_bytes().count(b"\n") < before.count(b"\n")
+        if (
+            code != 0
+            and before
+            and (not output.exists() or output.read_bytes().count(b"\n") < before.count(b"\n"))
         ):
             with atomic_write(output) as file:  # an earlier try came further
                 file.write(before)
@@ -463,16 +490,22 @@ class Hour:
             left = LIMITS["tests"] - entry["seconds"]
             if name in results or not left > 0 or not self.left:
                 continue
+            entry["status"] = "interrupted"  # should this program be killed
+            self.publish()
             log = self.kept / LOG
             begun = log.stat().st_size if log.exists() else 0
             # The suite's own options name plugins that may be missing here.
             program = ["-m", "pytest", "-m", "cuda", "-v", "-rfE", "--tb=short"]
             program += ["-p", "no:cacheprovider", "-o", "addopts=--import-mode=importlib", *group]
+            program += ["--collect-only", "-q"] if self.rehearsed else []
             # Half of the time at most, so that one that hangs leaves the others theirs.
             share = left if number == len(groups) - 1 else left / 2
             code = self.do(program, share, stop=signal.SIGKILL)
             entry["seconds"] += time.monotonic() - start
-            found = gpu_report.test_results(log.read_bytes()[begun:].decode(errors="replace"))
+            said = log.read_bytes()[begun:].decode(errors="replace")
+            found = gpu_report.test_results(said)
+            if self.rehearsed:
+                found["note"] = said.strip().splitlines()[-1]
             if code is not None or self.left:  # not cut off by the slice's end
                 found["note"] += "" if code is not None else "; cut off"
                 # 1: some failed; 5: there are none here.
@@ -523,8 +556,15 @@ class Hour:
             run = Run(settings, build_data(settings))
             known.append({"experiment": name, "run_id": run.id, "name": run.name})
         self.state["hour"] = known
-        ended = {row["run_id"] for rows in self.rows().values() for row in rows}
-        if not {run["run_id"] for run in known} <= ended:
+        ended = {
+            row["run_id"]
+            for rows in self.rows().values()
+            for row in rows
+            if row["status"] in gpu_report.ENDED
+        }
+        if {run["run_id"] for run in known} <= ended:
+            self.say(f"--- {gpu_report.TITLES['hour']}: all {len(known)} are done")
+        else:
             self.say(f"--- {gpu_report.TITLES['hour']}")
             runs = f"hydra.sweeper.runs={json.dumps(wanted)}"
             self.train(["experiments/train.py", "-m", "hydra/sweeper=hour", runs])

@@ -39,6 +39,7 @@ PUBLISHED = {
     ("pwd", 0.008): "93.08 at sparsity 0.953",
 }
 GOALS = "at most 1.1 times fused AdamW's step and no more kernels than it; 20,000 images a second"
+ENDED = ("finished", "diverged")  # statuses of runs that are not done again
 STEP = ("model", "optimizer", "p", "sparsity", "milliseconds", "ratio", "host_milliseconds")
 COLUMNS = {  # of the benchmarks' CSV files, shown in the report
     "optimizer": (*STEP, "kernel_launches", "first_step_seconds", "peak_extra_megabytes"),
@@ -169,7 +170,7 @@ def what_is_left(state: dict[str, Any], rows: dict[str, list[dict[str, Any]]]) -
         if name != "hour" and (entry is None or entry["status"] not in ("done", "cut off")):
             lines.append(f"left: {title} ({'not begun' if entry is None else entry['status']})")
     listed = hour_rows(state, rows)
-    not_done = sum(row[2] not in ("finished", "diverged") for row in listed)
+    not_done = sum(row[2] not in ENDED for row in listed)
     if not_done or not listed:
         of = f"{not_done} of {len(listed)} runs" if listed else "not begun"
         lines.append(f"left: {TITLES['hour']} ({of})")
@@ -177,6 +178,7 @@ def what_is_left(state: dict[str, Any], rows: dict[str, list[dict[str, Any]]]) -
     if sweeps or not state["sweeps"]:
         of = f"at most {sum(s['runs'] for s in sweeps)} runs" if sweeps else "not begun"
         lines.append(f"left: the sweeps at paper scale ({of})")
+    lines += [f"failed: {TITLES.get(k, k)}: {e}" for k, e in state.get("errors", {}).items()]
     lines += [f"left out: {error}" for error in state.get("missing_data", {}).values()]
     if not lines:
         return "nothing is left to do"
@@ -205,7 +207,10 @@ def benchmarks_told(state: dict[str, Any], folder: Path) -> Iterator[str]:
         entry = state["stages"].get(name, {"status": "not run yet"})
         yield f"### {TITLES[name].capitalize()}: {entry['status']}"
         if (folder / f"{name}.csv").exists():
-            yield csv_table(folder / f"{name}.csv", shown)
+            try:
+                yield csv_table(folder / f"{name}.csv", shown)
+            except ValueError as error:  # it is being written
+                yield f"{name}.csv cannot be read: {error}"
 
 
 def report(

@@ -21,9 +21,8 @@ def network(seed: int = 0) -> nn.Module:
 
 
 def digits() -> tuple[torch.Tensor, torch.Tensor]:
-    from sklearn.datasets import load_digits
-
-    images, labels = load_digits(return_X_y=True)
+    datasets = pytest.importorskip("sklearn.datasets")  # a GPU machine may lack it
+    images, labels = datasets.load_digits(return_X_y=True)
     return torch.tensor(images / 16, dtype=torch.float32), torch.tensor(labels)
 
 

@@ -49,7 +49,6 @@ def is_first_process() -> bool:
 @contextlib.contextmanager
 def warnings_in_lines() -> Iterator[None]:
     """Warnings to users come as a line each, without the place in the code that warns."""
-    before = warnings.showwarning
 
     def show(message: Warning | str, category: type[Warning], *place: Any, **rest: Any) -> None:
         if not issubclass(category, UserWarning):
@@ -57,11 +56,9 @@ def warnings_in_lines() -> Iterator[None]:
         elif is_first_process():
             console.print(f"{sweep_position()}warning: {one_line(message)}", style="yellow")
 
-    warnings.showwarning = show
-    try:
+    with warnings.catch_warnings():  # each run of a process says it again
+        before, warnings.showwarning = warnings.showwarning, show
         yield
-    finally:
-        warnings.showwarning = before
 
 
 def in_sweep() -> bool:

@@ -139,22 +139,28 @@ class Part(Checked):
         """What the class is given."""
         return {k: v for k, v in self.config.items() if k not in {"_target_", *self.LABELS}}
 
-    def _check_name(self, key: str, name: str) -> None:
-        """Raises a ValueError where a name in records stands for something else than this."""
+    def check_name(self, key: str) -> None:
+        """Raises a ConfigError where a name in records stands for something else than this.
+
+        Args:
+            key: of the name.
+        """
+        name = getattr(self, key)
         where, known = f"{self.GROUP}.{key}={name}", METHODS.get(name)
         if name.endswith(STEERED):
-            raise ValueError(f"{where}: must not end with {STEERED}, as runs to a target do")
+            raise ConfigError(f"{where}: must not end with {STEERED}, as runs to a target do")
         if known is None:
             return
-        if (known.group, known.target) != (self.GROUP, self.target):
-            raise ValueError(
+        if known.group != self.GROUP or get_object(known.target) is not get_object(self.target):
+            raise ConfigError(
                 f"{where}: {self.target} is not that method; must be a name that no method has"
             )
-        for option, values in known.options.items():
-            if (given := self.options.get(option)) not in values:
-                raise ValueError(
-                    f"{self.GROUP}.{option}={shown(given)}: {self.GROUP}.{key}={name} stands for "
-                    "another value; must have a name that no method has"
+        if known.option is not None:
+            option, meant, is_meant = known.option
+            if not is_meant(given := self.options.get(option)):
+                raise ConfigError(
+                    f"{where}: stands for {option}={meant}, not {shown(given)}; must then be a name "
+                    "that no method has"
                 )
 
     def check_options(self, group: str) -> None:
@@ -227,32 +233,46 @@ def option_types(kind: Any) -> dict[str, TypeAdapter[Any]]:
 
 
 class Named(NamedTuple):
-    """What a method's name stands for: in a group, a class with options in a range of values."""
+    """What a method's name stands for: in a group, a class and perhaps an option.
+
+    Attributes:
+        group: the config group.
+        target: the class.
+        option: its name, what it is, and whether a value is that; None where any will do.
+    """
 
     group: str
     target: str
-    options: Mapping[str, tuple[object, ...]] = {}
+    option: tuple[str, str, Callable[[Any], bool]] | None = None
 
 
 METHODS = {
     "adamw": Named("optimizer", "torch.optim.AdamW"),
     "sgd": Named("optimizer", "torch.optim.SGD"),
-    "pwd": Named("optimizer", "pnorm_decay.AdamPWD", {"exact": (None, False)}),
-    "exact": Named("optimizer", "pnorm_decay.AdamPWD", {"exact": (True,)}),
-    "sgd_pwd": Named("optimizer", "pnorm_decay.SGDPWD", {"exact": (None, False)}),
+    "pwd": Named("optimizer", "pnorm_decay.AdamPWD", ("exact", "false", lambda x: not x)),
+    "exact": Named("optimizer", "pnorm_decay.AdamPWD", ("exact", "true", bool)),
+    "sgd_pwd": Named("optimizer", "pnorm_decay.SGDPWD", ("exact", "false", lambda x: not x)),
     "l1": Named("optimizer", "pnorm_decay.baselines.ProximalAdam"),
     "proximal": Named("optimizer", "pnorm_decay.baselines.ProximalAdam"),
     "coupled": Named("optimizer", "pnorm_decay.baselines.CoupledAdam"),
     "none": Named("pruning", "pnorm_decay.baselines.NoPruning"),
     "magnitude": Named(
-        "pruning", "pnorm_decay.baselines.MagnitudePruning", {"scope": (None, "layer")}
+        "pruning",
+        "pnorm_decay.baselines.MagnitudePruning",
+        ("scope", "layer", lambda scope: scope in (None, "layer")),
     ),
     "magnitude_global": Named(
-        "pruning", "pnorm_decay.baselines.MagnitudePruning", {"scope": ("global",)}
+        "pruning",
+        "pnorm_decay.baselines.MagnitudePruning",
+        ("scope", "global", lambda scope: scope == "global"),
     ),
     "oto": Named("pruning", "pnorm_decay.baselines.OTO"),
-    "spred": Named("pruning", "pnorm_decay.baselines.Factorised", {"factors": (2,)}),
-    "dwf": Named("pruning", "pnorm_decay.baselines.Factorised", {"factors": (*range(3, 100),)}),
+    "spred": Named(
+        "pruning", "pnorm_decay.baselines.Factorised", ("factors", "2", lambda k: k == 2)
+    ),
+    "dwf": Named(
+        "pruning", "pnorm_decay.baselines.Factorised", ("factors", "3 or more", lambda k: k >= 3)
+    ),
     "rewa": Named("pruning", "pnorm_decay.baselines.ReWA"),
 }
 STEERED = "_target"  # ends the names of methods that are steered to a sparsity
@@ -308,7 +328,6 @@ class OptimizerSettings(Part):
     def _names_its_method(self) -> Self:
         if self.method == "l1" and self.p != 1:
             raise ValueError(f"optimizer.p={self.p}: l1 has p=1; optimizer=proximal has any p")
-        self._check_name("method", self.method)
         return self
 
 
@@ -339,7 +358,6 @@ class PruningSettings(Part):
     def _is_named(self) -> Self:
         if self.is_none != (self.target == "pnorm_decay.baselines.NoPruning"):
             raise ValueError(f"pruning.name={self.name}: {self.target} must have another name")
-        self._check_name("name", self.name)
         return self
 
 
@@ -553,6 +571,8 @@ class Settings(Checked):
         settings = cls.checked(config)
         for group in ("data", "model", "optimizer", "pruning", "schedule", "decay_schedule"):
             getattr(settings, group).check_options(group)
+        settings.optimizer.check_name("method")
+        settings.pruning.check_name("name")
         settings.check_method()
         return settings
 
