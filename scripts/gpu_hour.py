@@ -497,7 +497,7 @@ class Hour:
             # The suite's own options name plugins that may be missing here.
             program = ["-m", "pytest", "-m", "cuda", "-v", "-rfE", "--tb=short"]
             program += ["-p", "no:cacheprovider", "-o", "addopts=--import-mode=importlib", *group]
-            program += ["--collect-only", "-q"] if self.rehearsed else []
+            program += ["--collect-only", "-qqq"] if self.rehearsed else []
             # Half of the time at most, so that one that hangs leaves the others theirs.
             share = left if number == len(groups) - 1 else left / 2
             code = self.do(program, share, stop=signal.SIGKILL)

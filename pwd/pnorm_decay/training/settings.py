@@ -159,7 +159,7 @@ class Part(Checked):
             option, meant, is_meant = known.option
             if not is_meant(given := self.options.get(option)):
                 raise ConfigError(
-                    f"{where}: stands for {option}={meant}, not {shown(given)}; must then be a name "
+                    f"{where}: stands for {option}={meant}, not {shown(given)}; must be a name "
                     "that no method has"
                 )
 
