@@ -262,6 +262,13 @@ def test_flags_may_stand_behind_overrides(train):
     assert shown.out.startswith("seed: 3\n")
 
 
+def test_a_warning_of_the_library_is_a_line(train):
+    done = train(*SHORT, "decay_schedule=target_sparsity")
+    assert done.code == 0
+    assert "warning: TargetSparsity: after 2 steps" in done.err
+    assert "UserWarning" not in done.err
+
+
 def test_a_warmup_that_is_too_long_is_said(train):
     long = ["schedule.warmup_epochs=null", "schedule.warmup_steps=100"]
     done = train(*SHORT, *long)
