@@ -90,7 +90,9 @@ def explain(
     if first["type"] == "extra_forbidden":
         known = ", ".join(sorted(field.alias or n for n, field in fields.model_fields.items()))
         return f"{name}={shown(found)}: no such setting; there are {known}"
-    return f"{name}={shown(found)}: must be {wanted or allowed(first['msg'])}"
+    is_whole = isinstance(found, float) and first["type"].startswith("int")  # 1000.0 is no integer
+    given = repr(found) if is_whole else shown(found)
+    return f"{name}={given}: must be {wanted or allowed(first['msg'])}"
 
 
 def allowed(message: str) -> str:
@@ -101,7 +103,7 @@ def allowed(message: str) -> str:
 def shown(value: object) -> str:
     """A value as one would write it in a config, cut short where it is long."""
     if isinstance(value, float):
-        return f"{value:g}" if value % 1 else repr(value)
+        return f"{value:g}"
     text = value if isinstance(value, str) else json.dumps(value, default=str)
     text = " ".join(text.split())
     return text if len(text) <= 80 else f"{text[:79]}…"
@@ -159,8 +161,8 @@ class Part(Checked):
             option, meant, is_meant = known.option
             if not is_meant(given := self.options.get(option)):
                 raise ConfigError(
-                    f"{where}: stands for {option}={meant}, not {shown(given)}; must be a name "
-                    "that no method has"
+                    f"{self.GROUP}.{option}={shown(given)}: {where} stands for {meant}; must be "
+                    "that, or the name one that no method has"
                 )
 
     def check_options(self, group: str) -> None:
