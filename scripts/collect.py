@@ -171,14 +171,14 @@ def main() -> None:
             console.print("nothing is written: --anew would lose the rows of these runs")
         sys.exit(2)
     if not written:
-        of_scale = f" of scale {arguments.scale}" if arguments.scale else ""
-        console.print(f"no finished runs{of_scale} below {arguments.runs}/")
         folders = [folder / str(arguments.scale) for folder in (arguments.runs, arguments.results)]
         if arguments.scale and not any(folder.is_dir() for folder in folders):
             console.print(
                 f"error: --scale {arguments.scale}: there is no {folders[0]} or {folders[1]}"
             )
             sys.exit(2)
+        of_scale = f" of scale {arguments.scale}" if arguments.scale else ""
+        console.print(f"no finished runs{of_scale} below {arguments.runs}/")
 
 
 if __name__ == "__main__":

@@ -13,7 +13,6 @@ import tarfile
 import time
 import zlib
 from collections.abc import Callable, Sequence
-from functools import partial
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -109,10 +108,8 @@ class Hour:
         self.stopped = False
         self.asked = 0.0  # when it was asked to stop
         self.process: subprocess.Popen[bytes] | None = None
-        self.state: dict[str, Any] = {
-            "rehearsed": rehearsed,
-            **{"stages": {}, "sweeps": {}, "hour": [], "environment": []},
-        }
+        self.state: dict[str, Any] = {"rehearsed": rehearsed, "hour": [], "environment": []}
+        self.state |= {"stages": {}, "sweeps": {}, "errors": {}}
 
     @property
     def left(self) -> float:
@@ -137,7 +134,7 @@ class Hour:
             number: signal.signal(number, self.on_signal)
             for number in (signal.SIGINT, signal.SIGTERM)
         }
-        errors = self.state.setdefault("errors", {})
+        errors = self.state["errors"]
         try:
             self.look_around()
             self.slice = self.left if {"hour", "sweeps"} & set(stages) else 0.0
@@ -197,7 +194,7 @@ class Hour:
         for path in (self.kept / name for name in KEPT):
             with contextlib.suppress(OSError):
                 path.chmod(0o644)  # what came back from another machine may be read-only
-        before = self.readable(state, lambda: dict(json.loads(state.read_text("utf-8")))) or {}
+        before = self.readable(state, lambda path: dict(json.loads(path.read_text("utf-8")))) or {}
         if before.get("rehearsed", self.rehearsed) != self.rehearsed:
             kind = "a rehearsal" if before["rehearsed"] else "results that are no rehearsal's"
             raise ConfigError(f"{self.kept} holds {kind}: choose another folder by --folder")
@@ -207,32 +204,28 @@ class Hour:
                 with atomic_write(self.folder / name) as file:
                     file.write(content)
         for name in EXPERIMENTS:
-            rows = self.readable(
-                self.kept / f"{name}.csv", partial(records.read, self.kept / f"{name}.csv")
-            )
+            rows = self.readable(self.kept / f"{name}.csv", records.read)
             if rows is not None:
                 records.write(self.recorded(name), rows)
         for name in ("optimizer", "training"):
-            self.readable(
-                self.kept / f"{name}.csv", partial(pd.read_csv, self.kept / f"{name}.csv")
-            )
+            self.readable(self.kept / f"{name}.csv", pd.read_csv)
 
-    def readable(self, path: Path, read: Callable[[], Any]) -> Any:
+    def readable(self, path: Path, read: Callable[[Path], Any]) -> Any:
         """What a file holds; None where it is missing or, renamed and told of, broken."""
         if not path.exists():
             return None
         try:
-            return read()
+            return read(path)
         except (OSError, EOFError, ValueError, TypeError, tarfile.TarError, zlib.error) as error:
             aside = path.with_name(f"{path.name}.broken")
             path.replace(aside)
             self.say(f"{path} cannot be read and is now {aside.name}: {one_line(error)}")
             return None
 
-    def packed_runs(self) -> list[tuple[str, bytes]]:
-        """Names and contents of the files of runs that were packed."""
+    def packed_runs(self, path: Path) -> list[tuple[str, bytes]]:
+        """Names and contents of the files of runs in an archive of `pack_runs`."""
         found = []
-        with tarfile.open(self.kept / RUNS) as archive:
+        with tarfile.open(path) as archive:
             for member in archive:
                 member = tarfile.data_filter(member, str(self.folder))
                 content = archive.extractfile(member)
@@ -387,7 +380,7 @@ class Hour:
         if new:
             self.say(new)
 
-    def entry(self, name: str) -> dict[str, Any] | None:
+    def due(self, name: str) -> dict[str, Any] | None:
         """What is known of a stage that has a limit; None where it is not to be done now.
 
         It is done already, or it does not fit into what is left of this slice and can have the
@@ -405,7 +398,7 @@ class Hour:
 
     def benchmark(self, name: str, command: Sequence[str]) -> None:
         """Runs a program that writes <name>.csv as it goes, unless it is done already."""
-        entry = self.entry(name)
+        entry = self.due(name)
         if entry is None:
             return
         output = self.kept / f"{name}.csv"
@@ -479,7 +472,7 @@ class Hour:
 
     def test(self) -> None:
         """The tests that are marked `cuda`, file by file; rehearsed, that they can be collected."""
-        entry = self.entry("tests")
+        entry = self.due("tests")
         if entry is None:
             return
         results = entry.setdefault("files", {})

@@ -260,6 +260,7 @@ def test_columns_that_somebody_added_stay(tmp_path):
     assert frame.loc[frame["run_id"] == "a", "lr"].item() == 1.0
 
 
+LEAST = {"resnet18_cifar10.csv.gz": 24}  # its older runs were recorded without curves
 CURVES = sorted((REPOSITORY / "results").glob("*/curves/*.csv.gz"))
 
 
@@ -268,7 +269,7 @@ def test_committed_curves_end_in_what_is_recorded(path):
     rows = records.read(path.parents[1] / path.name.removesuffix(".gz")).set_index("run_id")
     ends = records.read_curves(path).groupby("run_id").last()
     recorded = rows.loc[ends.index]
-    assert len(ends) >= 24
+    assert len(ends) >= LEAST.get(path.name, 66)
     for column in ("val_accuracy", "sparsity", "zero_fraction"):
         assert list(ends[column]) == list(recorded[column]), column
     assert list(ends["step"]) == list(recorded["steps"])

@@ -44,7 +44,7 @@ def test_a_run_that_is_killed_at_random_ends_with_the_same_bits(tmp_path):
     with wandb.init(mode="offline", dir=tmp_path):  # has a service, which children would share
         assert "WANDB_SERVICE" in os.environ
     command = [sys.executable, str(REPOSITORY / "scripts" / "soak.py"), "--kills", "1"]
-    done = subprocess.run([*command, "--", "trainer.steps=30"], capture_output=True, text=True)
+    done = subprocess.run([*command, "--", "trainer.steps=60"], capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
     assert "1 kills" in done.stdout
 

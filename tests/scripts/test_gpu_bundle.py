@@ -72,11 +72,15 @@ def test_it_brings_what_is_missing_and_starts_the_hour(packed):
     assert again.stderr == ""
 
 
-def test_a_package_that_the_folder_lacks_ends_it(packed):
-    (packed / "requirements.txt").write_text("pnorm_no_such_package\n")
-    done = subprocess.run(
+def start(packed):
+    return subprocess.run(
         [sys.executable, str(packed / "start.py")], capture_output=True, text=True
     )
+
+
+def test_a_package_that_the_folder_lacks_ends_it(packed):
+    (packed / "requirements.txt").write_text("pnorm_no_such_package\n")
+    done = start(packed)
     assert done.returncode == 2
     assert "pnorm_no_such_package" in done.stderr
     assert "Traceback" not in done.stderr
@@ -84,9 +88,7 @@ def test_a_package_that_the_folder_lacks_ends_it(packed):
 
 def test_a_folder_for_another_python_says_so(packed):
     (packed / "made_for.txt").write_text("3.99 riscv64\n")
-    done = subprocess.run(
-        [sys.executable, str(packed / "start.py")], capture_output=True, text=True
-    )
+    done = start(packed)
     assert done.returncode == 1
     assert "was packed for Python 3.99 on riscv64, and this is Python 3." in done.stderr
     assert len(done.stderr.splitlines()) == 1
