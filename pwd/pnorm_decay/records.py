@@ -15,11 +15,12 @@ import os
 import zlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
-
-import pandas as pd
+from typing import TYPE_CHECKING, Any
 
 from pnorm_decay.files import atomic_write, read_regular, write_changed, write_text
+
+if TYPE_CHECKING:
+    import pandas as pd  # which the process of a run does without: it takes a while to import
 
 __all__ = [
     "COLUMNS",
@@ -203,6 +204,8 @@ def read_table(path: Path) -> pd.DataFrame:
         raise RecordError(f"{path} is not UTF-8 text: {error.reason}") from None
     if not text:
         raise RecordError(f"{path} is empty")
+    import pandas as pd
+
     reader = csv.reader(io.StringIO(text, newline=""), strict=True)
     lines, rows = [], []
     try:
@@ -313,6 +316,8 @@ def read(path: Path) -> pd.DataFrame:
             raise RecordError(f"{path}, line {line}: {error}") from None
         if (first := line_of.setdefault(row["run_id"], line)) != line:
             raise RecordError(f"{path}, line {line}: run {row['run_id']} is in line {first} too")
+    import pandas as pd
+
     frame = pd.DataFrame(rows, columns=list(COLUMNS)).astype(COLUMNS)
     for name in table.columns.difference(list(COLUMNS), sort=False):
         frame[name] = table[name].replace("", None).astype("string").to_numpy()
@@ -350,6 +355,8 @@ def write(
     Returns:
         What the file now holds; also what somebody added to it in columns of their own.
     """
+    import pandas as pd
+
     frame = rows.reindex(columns=list(COLUMNS)).astype(COLUMNS)
     old = read(path) if os.path.lexists(path) else frame.head(0)
     added = old.set_index("run_id")[list(old.columns.difference(list(COLUMNS), sort=False))]
@@ -396,6 +403,8 @@ def write_curves(path: Path, curves: Mapping[str, pd.DataFrame], runs: Iterable[
     Raises:
         RecordError: the file that is there cannot be read.
     """
+    import pandas as pd
+
     before = read_table(path) if path.exists() else pd.DataFrame({"run_id": []})
     if "run_id" not in before.columns:
         raise RecordError(f"{path} lacks the column run_id")

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-import pandas as pd
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 # A target of 0.9 is met to one weight, which may leave 0.899999.
 ROUNDING = 1e-4

@@ -9,9 +9,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import pandas as pd
 import torch
 from accelerate import Accelerator
 from omegaconf import DictConfig
@@ -46,6 +45,9 @@ from pnorm_decay.training.settings import ConfigError, Settings
 from pnorm_decay.training.sharing import Footprint, footprint
 from pnorm_decay.training.tracking import Tracker, shortened
 from pnorm_decay.training.trainer import Outcome, Training, train
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 
 class RunError(RuntimeError):
