@@ -1,8 +1,9 @@
 """Measures how much of trained sparse networks `compact` removes: parameters, multiply-adds, time.
 
-The networks are those below the folder of runs, one of each experiment, method, p and percent of
-zeros. Multiply-adds are of one input's matrix products and convolutions, attention's own left out;
-times are medians of one forward pass in fp32, full and compacted network by turns.
+The networks are those in results/networks/, and of those below the folder of runs one of each
+experiment, method, p and percent of zeros. Multiply-adds are of one input's matrix products and
+convolutions, attention's own left out; times are medians of one forward pass in fp32, full and
+compacted network by turns.
 
     python scripts/bench_compact.py
     python scripts/bench_compact.py --runs ../other/runs --batch-sizes 1 64
@@ -13,6 +14,8 @@ from __future__ import annotations
 import argparse
 import statistics
 import time
+from collections.abc import Iterator
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -23,21 +26,38 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from bench_common import machine, trained_networks, write_rows
+from pnorm_decay import records
 from pnorm_decay.data import DataError
-from pnorm_decay.deploy import CompactError, compact
+from pnorm_decay.deploy import CompactError, SparseFileError, compact, load_sparse
 from pnorm_decay.sparsity import structured_share, zero_fraction
-from pnorm_decay.training.building import build_data, saved_network
+from pnorm_decay.training.building import build_data, build_model, saved_network
 from pnorm_decay.training.settings import ConfigError, Settings
+from verify import settings_of
 
 console = Console(highlight=False)
 
 
+def shipped_networks(results: Path) -> Iterator[tuple[str, Path, dict[str, Any]]]:
+    """(name, sparse file, config) of the networks in ``results/networks``."""
+    for path in sorted((results / "networks").rglob("*.safetensors")):
+        experiment = "/".join(path.parent.parts[-2:])
+        runs = records.read(results / f"{experiment}.csv").set_index("run_id", drop=False)
+        run = {str(column): value for column, value in runs.loc[path.stem].items()}
+        name = f"{experiment} {run['method']} p={run['p']:g} {100 * run['sparsity']:.0f} %"
+        yield f"{name} {path.stem}", path, settings_of(experiment, run).config
+
+
 def load(network: Path, config: dict[str, Any], batch_size: int) -> tuple[nn.Module, Tensor]:
-    """A run's saved network, and a batch of its data."""
+    """A saved network, and a batch of its data."""
     settings = Settings.from_config(config)
     data = build_data(settings)
     data.setup(torch.device("cpu"))
-    return saved_network(network, config), data.train_batch(0, batch_size, config["seed"])[0]
+    batch = data.train_batch(0, batch_size, config["seed"])[0]
+    if network.suffix != ".safetensors":
+        return saved_network(network, config), batch
+    model = build_model(settings, data)
+    load_sparse(network, into=model)
+    return model.eval(), batch
 
 
 @torch.no_grad()
@@ -91,7 +111,8 @@ def show(rows: list[dict[str, Any]]) -> None:
     """The table on the terminal."""
     table = Table(title="What compact leaves of trained networks")
     for column in ("network", "batch", "zeros", "parameters", "multiply-adds", "ms", "speedup"):
-        table.add_column(column, justify="left" if column == "network" else "right")
+        is_name = column == "network"
+        table.add_column(column, justify="left" if is_name else "right", no_wrap=not is_name)
     for row in rows:
         shares = (f"{row[key]:.1%}" for key in ("parameters_left", "multiply_adds_left"))
         took = f"{row['milliseconds']:.2f} -> {row['compact_milliseconds']:.2f}"
@@ -107,6 +128,7 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--runs", type=Path, default=Path("runs"), help="folder of run folders")
+    parser.add_argument("--results", type=Path, default=Path("results"), help="where networks/ is")
     parser.add_argument("--batch-sizes", nargs="+", type=int, default=[1, 16])
     parser.add_argument("--seconds", type=float, default=1.0, help="time for each measurement")
     parser.add_argument("--output", type=Path, default=Path("results/bench/compact.csv"))
@@ -114,16 +136,20 @@ def main() -> None:
     if min(arguments.batch_sizes) < 1:
         parser.error("--batch-sizes must be at least 1")
     rows = []
-    for name, network, result in trained_networks(arguments.runs):
+    own = (
+        (name, network, result["config"])
+        for name, network, result in trained_networks(arguments.runs)
+    )
+    for name, network, config in chain(shipped_networks(arguments.results), own):
         for batch_size in arguments.batch_sizes:
             try:
                 seconds = arguments.seconds
-                rows.append(measure(name, network, result["config"], batch_size, seconds))
-            except (DataError, ConfigError, CompactError) as error:
+                rows.append(measure(name, network, config, batch_size, seconds))
+            except (DataError, ConfigError, CompactError, SparseFileError) as error:
                 console.print(f"{name} is left out: {error}")
     if not rows:
         parser.exit(
-            2, f"error: no saved sparse network below {arguments.runs}/; train some first\n"
+            2, f"error: no sparse network in {arguments.results}/networks/ or {arguments.runs}/\n"
         )
     show(rows)
     write_rows(arguments.output, rows)

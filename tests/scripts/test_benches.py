@@ -12,6 +12,8 @@ import torch
 from torch.autograd import DeviceType
 
 from conftest import SHORT
+from pnorm_decay import records
+from pnorm_decay.deploy import save_sparse
 from pnorm_decay.models import ResNet18
 
 
@@ -96,13 +98,28 @@ def test_sparse_networks_are_compared_as_files(load, monkeypatch, tmp_path, capf
     assert "Sparse networks as files" in capfd.readouterr().out
 
 
-def test_what_compaction_leaves(load, monkeypatch, tmp_path, capfd, sparse_run):
+def test_what_compaction_leaves_of_a_run_and_of_what_is_shipped(
+    load, monkeypatch, tmp_path, capfd, sparse_run
+):
+    results = tmp_path / "results"
+    ((scale, name, result),) = records.recorded_runs(sparse_run)
+    record = result["record"] | {"sparsity": 0.6}
+    records.write(results / scale / f"{name}.csv", pd.DataFrame([record]))
+    (network,) = sparse_run.glob("*/*/*/model.pt")
+    shipped = results / "networks" / scale / name / f"{record['run_id']}.safetensors"
+    shipped.parent.mkdir(parents=True)
+    save_sparse(torch.load(network, weights_only=True), shipped)
     bench = load("bench_compact")
     output = tmp_path / "compact.csv"
-    arguments = ["--runs", str(sparse_run), "--batch-sizes", "2", "--seconds", "0.01"]
-    monkeypatch.setattr(sys, "argv", ["bench", *arguments, "--output", str(output)])
+    arguments = ["--runs", str(sparse_run), "--results", str(results), "--batch-sizes", "2"]
+    arguments += ["--seconds", "0.01", "--output", str(output)]
+    monkeypatch.setattr(sys, "argv", ["bench", *arguments])
     bench.main()
-    (row,) = pd.read_csv(output).to_dict("records")
+    rows = pd.read_csv(output)
+    row, of_run = rows.to_dict("records")
+    assert row["network"] == f"demo/resnet_digits pwd p=0.8 60 % {record['run_id']}"
+    same = ["sparsity", "parameters", "parameters_left", "multiply_adds", "multiply_adds_left"]
+    assert [row[column] for column in same] == [of_run[column] for column in same]
     assert 0.3 < row["parameters_left"] < 0.9
     assert 0.3 < row["multiply_adds_left"] < 0.9
     assert row["speedup"] == pytest.approx(
@@ -113,10 +130,11 @@ def test_what_compaction_leaves(load, monkeypatch, tmp_path, capfd, sparse_run):
 
 def test_no_sparse_network_to_compact(load, monkeypatch, tmp_path, capsys):
     bench = load("bench_compact")
-    monkeypatch.setattr(sys, "argv", ["bench", "--runs", str(tmp_path)])
+    places = ["--runs", str(tmp_path), "--results", str(tmp_path)]
+    monkeypatch.setattr(sys, "argv", ["bench", *places])
     with pytest.raises(SystemExit):
         bench.main()
-    assert "no saved sparse network" in capsys.readouterr().err
+    assert "no sparse network in" in capsys.readouterr().err
 
 
 def test_optimizers_are_compared_in_the_trainer(load, monkeypatch, tmp_path, capsys):
