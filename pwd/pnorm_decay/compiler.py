@@ -1,6 +1,6 @@
 """Compiles the package's C sources, for the CPU and for CUDA, and keeps what comes of it.
 
-On the CPU the system's C compiler does it in well under a second; on CUDA the run-time compiler
+On the CPU the system's C compiler does it in about a second; on CUDA the run-time compiler
 that torch ships does. The results are kept in a folder of the user's (`$PNORM_DECAY_CACHE`, else
 `pnorm_decay` in `$XDG_CACHE_HOME` or `~/.cache`) under a hash of everything they depend on, and
 end in a checksum of their own.

@@ -73,7 +73,7 @@ class AdamPWD(PNormDecayOptimizer):
         differentiable: whether autograd may differentiate through the step; the reference
             implementation.
         fused: True for one pass over the memory in compiled code, built at the first step in
-            well under a second and kept for later processes (CPU: a C compiler; CUDA: the
+            about a second and kept for later processes (CPU: a C compiler; CUDA: the
             run-time compiler that torch brings). With both None, fused where it can be had for
             the device and dtype, else foreach; both False is the reference, which reads like the
             equations above. With `reweight_every` or `auxiliary_beta`, foreach takes its place.
