@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import math
+import os
 import sys
 import time
 import warnings
@@ -74,6 +75,8 @@ def parse_arguments() -> argparse.Namespace:
         value = getattr(arguments, name)
         if value is not None and not least <= value < math.inf:
             parser.error(f"--{name} must be at least {least}, not {value}")
+    if arguments.seed is not None and not 0 <= arguments.seed < 2**64:
+        parser.error(f"--seed must be from 0 to 2^64 - 1, not {arguments.seed}")
     return arguments
 
 
@@ -102,9 +105,13 @@ def main() -> None:
     sys.stdout.write(arguments.prompt)
     start = time.perf_counter()
     options: Any = {"temperature": arguments.temperature, "generator": generator}
-    for token in generate(network, prompt, arguments.tokens, **options):
-        sys.stdout.write(vocabulary[token])
-        sys.stdout.flush()
+    try:
+        for token in generate(network, prompt, arguments.tokens, **options):
+            sys.stdout.write(vocabulary[token])
+            sys.stdout.flush()
+    except BrokenPipeError:  # whoever reads has enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return
     seconds = time.perf_counter() - start
     is_sparse = any(isinstance(layer, SparseLinear) for layer in network.modules())
     form = "sparse" if is_sparse else "dense"

@@ -3,6 +3,7 @@ from __future__ import annotations
 import copy
 import itertools
 import logging
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -439,8 +440,7 @@ def test_infinite_outputs_hide_no_difference():
                 self.layers[0].weight[:4] = 0
 
         def forward(self, x):
-            noise = torch.rand(())
-            return (self.layers(x) + noise).masked_fill(
+            return (self.layers(x) + len(self.layers[0].weight)).masked_fill(
                 torch.tensor([True, False, False]), torch.inf
             )
 
@@ -546,8 +546,8 @@ def test_masks_of_torch_prune_have_to_be_made_permanent():
     assert compact(model, torch.randn(2, 4))[0].out_features == 4
 
 
-class Moody(nn.Module):
-    """Its outputs are never the same."""
+class Counting(nn.Module):
+    """Its outputs tell how many units it has."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -556,15 +556,99 @@ class Moody(nn.Module):
             self.layers[0].weight[:4] = 0
 
     def forward(self, x):
-        return self.layers(x) + torch.rand(2)
+        return self.layers(x) + len(self.layers[0].weight)
 
 
 def test_outputs_that_would_change_are_an_error_and_the_model_stays():
-    model = Moody()
+    model = Counting()
     before = copy.deepcopy(model.state_dict())
-    with pytest.raises(CompactError, match=r"Moody without the units of layers\.0\.weight.*differ"):
+    said = r"Counting without the units of layers\.0\.weight.*differ"
+    with pytest.raises(CompactError, match=said):
         compact(model, torch.randn(2, 4))
     assert all(torch.equal(before[n], t) for n, t in model.state_dict().items())
+
+
+@pytest.mark.parametrize("zeros", [0, 4])
+def test_a_model_that_draws_random_numbers_is_told_so(zeros):
+    class Moody(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layers = mlp(4, 8, 2)
+
+        def forward(self, x):
+            return self.layers(x) + torch.rand(2)
+
+    model = Moody()
+    with torch.no_grad():
+        model.layers[0].weight[:zeros] = 0
+    with pytest.raises(CompactError, match="Moody gives other outputs when it is called again"):
+        compact(model, torch.randn(2, 4))
+
+
+class Preparing(nn.Module):
+    """It writes into its input, and counts its calls."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = mlp(4, 8, 2)
+        self.register_buffer("calls", torch.zeros(()))
+        with torch.no_grad():
+            self.layers[0].weight[:4] = 0
+
+    def forward(self, x):
+        self.calls += 1
+        return self.layers(x.div_(255).sub_(0.5))
+
+
+def test_the_example_and_the_state_of_the_model_stay():
+    model, example = Preparing(), torch.rand(2, 4)
+    before = example.clone()
+    small = compact(model, example)
+    assert torch.equal(example, before)
+    assert model.calls == small.calls == 0
+    assert small.layers[0].out_features == 4
+    torch.testing.assert_close(small(before.clone()), model(before.clone()))
+
+
+@pytest.mark.parametrize(
+    "wrap", [SimpleNamespace, lambda logits: {1, 2}, lambda logits: logits.numpy()]
+)
+def test_outputs_that_cannot_be_looked_into_are_an_error(wrap):
+    class Wrapping(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layers = mlp(4, 8, 2)
+
+        def forward(self, x):
+            logits = self.layers(x)
+            return wrap(logits=logits)
+
+    with pytest.raises(CompactError, match="Wrapping puts out a"):
+        compact(Wrapping(), torch.randn(2, 4))
+
+
+def test_constants_are_not_folded_through_a_sum_over_a_size():
+    class Summing(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv, self.head = nn.Conv2d(3, 16, 3), nn.Linear(16, 4)
+            with torch.no_grad():
+                self.conv.weight[:8] = 0
+                self.conv.bias[:4], self.conv.bias[4:8] = 1, -1  # after ReLU: constants and zeros
+
+        def forward(self, x):
+            return self.head(F.relu(self.conv(x)).sum((2, 3)))
+
+    model = Summing()
+    small = compact(model, torch.randn(2, 3, 8, 8))
+    assert small.conv.out_channels == 12
+    larger = torch.randn(2, 3, 12, 12)
+    torch.testing.assert_close(small(larger), model(larger))
+
+
+def test_only_a_module_is_made_smaller():
+    with pytest.raises(TypeError, match="compact takes a module, not a dict"):
+        compact({}, torch.randn(2, 4))
 
 
 # ---------------------------------------------------------------------------- groups

@@ -188,9 +188,39 @@ def test_what_writes_is_never_wrapped_in_bf16(monkeypatch):
 def test_bad_inputs(prompt, options, message):
     tokens = torch.tensor(prompt, dtype=torch.long)
     with pytest.raises(ValueError, match=message):
-        next(generate(network(0), tokens, **({"count": 3} | options)))
+        generate(network(0), tokens, **({"count": 3} | options))
+
+
+@pytest.mark.parametrize(
+    ("prompt", "options"),
+    [([1, 2], {}), (torch.tensor([1.0]), {}), (torch.tensor([True]), {}), ("ROMEO", {}),
+     (torch.tensor([1]), {"count": 2.5}), (torch.tensor([1]), {"temperature": None})],
+)  # fmt: skip
+def test_what_is_no_number_is_refused_at_the_call(prompt, options):
+    with pytest.raises(TypeError):
+        generate(network(0.5), prompt, **{"count": 3} | options)
+
+
+def test_at_the_smallest_temperatures_the_likeliest_token_is_taken():
+    model, prompt = network(0.5), torch.tensor([1, 2, 3])
+    likeliest = list(generate(model, prompt, 6, temperature=0))
+    for temperature in (1e-30, 1e-40, 1e-320):
+        assert list(generate(model, prompt, 6, temperature=temperature)) == likeliest
+
+
+def test_what_compiled_code_does_not_know_is_done_in_python():
+    model, token = network(0.8), torch.zeros(1, 1, dtype=torch.long)
+    fast = everything_sparse(model, token)
+    assert generation.compiled_step(fast, fast.new_cache()) is not None
+    calls = []
+    handle = fast.blocks[0].register_forward_hook(lambda *_: calls.append(1))
+    list(generate(fast, torch.tensor([1]), 3))
+    assert len(calls) == 3
+    handle.remove()
+    fast.ln_f.eps = 0.1
+    assert generation.compiled_step(fast, fast.new_cache()) is None
 
 
 def test_other_models_write_no_text():
     with pytest.raises(TypeError, match="with a GPT, not with a InBfloat16"):
-        next(generate(InBfloat16(network(0)), torch.tensor([1]), 3))
+        generate(InBfloat16(network(0)), torch.tensor([1]), 3)

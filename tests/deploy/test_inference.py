@@ -14,6 +14,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
+from torch.autograd import forward_ad
+from torch.nn.utils import prune
 
 from pnorm_decay.compiler import shared_library
 from pnorm_decay.deploy import inference, sparse_inference
@@ -136,8 +138,9 @@ def test_rows_about_as_wide_as_16_bits_count(columns):
 
 
 @pytest.mark.skipif(platform.machine() not in ("x86_64", "AMD64"), reason="flags of x86")
-def test_processors_without_avx512(monkeypatch):
-    library = shared_library(inference.SOURCE, "-mno-avx512f")
+@pytest.mark.parametrize("lacks", ["avx512f", "avx"])
+def test_processors_with_narrower_vectors(monkeypatch, lacks):
+    library = shared_library(inference.SOURCE, f"-mno-{lacks}")
     monkeypatch.setattr(inference, "_library", lambda: library)
 
     @given(convolutions())
@@ -146,6 +149,12 @@ def test_processors_without_avx512(monkeypatch):
         assert convolution_is_torch_s(case)
 
     check()
+    for tokens in (1, 2, 7, 16, 33, 200):
+        linear = sparsened(nn.Linear(37, 29), 0.6)
+        x = torch.randn(tokens, 37)
+        with torch.no_grad():
+            exact = copy.deepcopy(linear).double()(x.double())
+            assert is_close(SparseLinear(linear.weight, linear.bias)(x), exact)
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
@@ -393,7 +402,96 @@ def test_layers_that_stay_as_they_are():
             torch.testing.assert_close(inference._sparse(conv)(x), conv(x))
 
 
+def test_gradients_of_a_residual_and_in_the_forward_mode_are_the_dense_ones():
+    conv = sparsened(nn.Conv2d(3, 4, 3), 0.8)
+    sparse = SparseConv2d(conv, (0, 0))
+    x, residual = torch.randn(2, 3, 8, 8), torch.randn(2, 4, 6, 6, requires_grad=True)
+    (ours,) = torch.autograd.grad(sparse(x, residual).sum(), residual)
+    torch.testing.assert_close(ours, torch.ones_like(residual))
+    with forward_ad.dual_level():
+        dual = forward_ad.make_dual(x, torch.ones_like(x))
+        ours, theirs = (forward_ad.unpack_dual(layer(dual)).tangent for layer in (sparse, conv))
+    torch.testing.assert_close(ours, theirs)
+
+
+def test_numbers_that_torch_has_yet_to_negate():
+    conv, linear = sparsened(nn.Conv2d(3, 4, 3), 0.8), sparsened(nn.Linear(8, 5), 0.5)
+    x = torch._neg_view(torch.randn(2, 3, 8, 8))
+    with torch.no_grad():
+        torch.testing.assert_close(SparseConv2d(conv, (0, 0))(x), conv(x))
+        torch.testing.assert_close(SparseLinear(linear.weight, linear.bias)(x), linear(x))
+
+
+def test_weights_that_are_loaded_in_inference_mode_count():
+    models = [sparsened(nn.Sequential(nn.Linear(64, 64)), 0.9) for _ in range(2)]
+    models[1][0].weight.data[models[0][0].weight != 0] = 2.0  # as many non-zeros, in its places
+    models[1][0].weight.data[models[0][0].weight == 0] = 0.0
+    x = torch.randn(1, 64)
+    with torch.inference_mode():
+        first, second = (SparseLinear(model[0].weight, model[0].bias) for model in models)
+        first(x)
+        first.load_state_dict(second.state_dict())
+        torch.testing.assert_close(first(x), models[1](x))
+
+
+class Preparing(nn.Module):
+    """It writes into its input, and counts its calls."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = sparsened(nn.Sequential(nn.Linear(256, 256), nn.ReLU()), 0.99)
+        self.register_buffer("calls", torch.zeros(()))
+
+    def forward(self, x):
+        self.calls += 1
+        return self.layers(x.div_(255).sub_(0.5))
+
+
+def test_the_example_and_the_state_of_the_model_stay():
+    model, example = Preparing(), torch.rand(2, 256)
+    before = example.clone()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)  # dense may be faster
+        fast = sparse_inference(model, example)
+    assert torch.equal(example, before)
+    assert model.calls == fast.calls == 0
+    with torch.no_grad():
+        torch.testing.assert_close(fast(before.clone()), model(before.clone()))
+
+
+def test_hooks_go_on_where_batch_norms_would_be_folded():
+    model = sparsened(nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU()), 0.5)
+    calls = []
+    model[1].register_forward_hook(lambda *_: calls.append(1))
+    x = torch.randn(2, 3, 8, 8)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)  # dense may be faster
+        fast = sparse_inference(model, x)
+    calls.clear()
+    fast(x)
+    assert calls == [1]
+
+
+def test_masks_of_torch_prune_are_named():
+    model = nn.Sequential(nn.Linear(64, 64))
+    prune.l1_unstructured(model[0], "weight", 0.9)
+    with pytest.warns(UserWarning, match=r"hooks, such as masks of torch\.nn\.utils\.prune"):
+        sparse_inference(model, torch.randn(1, 64))
+
+
+def test_what_reads_in_parts_takes_its_input_by_name_too():
+    fast = inference.InParts(sparsened(nn.Sequential(nn.Conv2d(3, 8, 3)), 0.5))
+    x = torch.randn(20, 3, 8, 8)
+    with torch.no_grad():
+        torch.testing.assert_close(fast(x), fast(input=x))
+        dynamic = {"args": ({0: torch.export.Dim("images", min=2)},)}
+        exported = torch.export.export(fast, (x,), dynamic_shapes=dynamic).module()
+        torch.testing.assert_close(exported(x[:3]), fast(x[:3]))
+
+
 def test_bad_inputs():
+    with pytest.raises(TypeError, match="takes a module, not a function"):
+        sparse_inference(lambda x: x, torch.randn(1, 64))
     model = nn.Sequential(nn.Linear(64, 64))
     with pytest.warns(UserWarning, match="Nothing is gained: no linear layer"):
         same = sparse_inference(model, torch.randn(1, 64))

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import tracemalloc
 import zlib
+from collections.abc import Mapping
 
 import numpy as np
 import pytest
@@ -518,3 +519,38 @@ def test_a_module_takes_all_tensors_over(tmp_path):
     save_sparse(model, tmp_path / "x")
     with pytest.raises(ValueError, match="into or names"):
         load_sparse(tmp_path / "x", into=model, names=["weight"])
+
+
+class Lazy(Mapping):
+    """Its tensors are made when they are asked for, perhaps in memory that was used before."""
+
+    def __getitem__(self, name: str) -> torch.Tensor:
+        return torch.full((64, 64), float(name))
+
+    def __iter__(self):
+        return iter("01234")
+
+    def __len__(self) -> int:
+        return 5
+
+
+def test_a_mapping_that_makes_its_tensors_anew(tmp_path):
+    save_sparse(Lazy(), tmp_path / "file")
+    assert [float(t[0, 0]) for t in load_sparse(tmp_path / "file").values()] == [0, 1, 2, 3, 4]
+
+
+@pytest.mark.parametrize("what", [[torch.ones(1)], None, torch.ones(1)])
+def test_only_modules_and_mappings_are_written(tmp_path, what):
+    with pytest.raises(TypeError, match="save_sparse writes a module or tensors by name, not a"):
+        save_sparse(what, tmp_path / "file")
+
+
+def test_what_no_tensors_can_be_loaded_into(tmp_path):
+    save_sparse(nn.Linear(3, 2), tmp_path / "file")
+    with pytest.raises(TypeError, match="into a module, not into a dict"):
+        load_sparse(tmp_path / "file", into={})
+    with pytest.raises(ValueError, match="'weight' has no memory yet"):
+        load_sparse(tmp_path / "file", into=nn.Linear(3, 2, device="meta"))
+    with pytest.raises(ValueError, match="'weight' is lazy"):
+        load_sparse(tmp_path / "file", into=nn.LazyLinear(2))
+    assert list(load_sparse(tmp_path / "file", names="bias")) == ["bias"]

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 
 import pytest
 import torch
 
+from conftest import REPOSITORY
 from deploy.test_inference import sparsened
 from pnorm_decay.models.gpt import GPT
 from pnorm_decay.models.resnet import ResNet18
@@ -63,9 +66,19 @@ def test_bad_inputs_are_one_line(run_program, run_folder, tmp_path_factory):
         ([str(run_folder), "--prompt", ""], "--prompt must not be empty"),
         ([str(run_folder), "--tokens", "-1"], "--tokens must be at least 0, not -1"),
         ([str(run_folder), "--temperature", "nan"], "--temperature must be at least 0, not nan"),
+        ([str(run_folder), "--seed", str(2**64)], "--seed must be from 0 to 2^64 - 1, not 184467"),
         ([str(run_folder), "--threads", "0"], "--threads must be at least 1, not 0"),
         ([str(run_folder), "--threads", "1000000"], "--threads=1000000: must be at most "),
     ):
         done = run_program(GENERATE, *arguments)
         assert done.code == 2
         assert message in done.err.splitlines()[-1]
+
+
+def test_a_reader_that_has_enough_gets_no_frames(run_folder):
+    command = [sys.executable, str(REPOSITORY / GENERATE), str(run_folder), "--tokens", "100000"]
+    writer = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    assert writer.stdout.read(50)
+    writer.stdout.close()
+    assert writer.stderr.read() == b""
+    assert writer.wait() == 0

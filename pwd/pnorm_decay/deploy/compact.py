@@ -15,6 +15,7 @@ from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.modules.conv import _ConvNd
 from torch.utils._pytree import tree_leaves
 
+from pnorm_decay.deploy.copies import copied, fresh, restore_buffers
 from pnorm_decay.deploy.trace import PINNED, Axis, Reader, Trace
 
 TOLERANCE = 1e-5
@@ -89,7 +90,8 @@ def compact(model: nn.Module, example: Tensor) -> nn.Module:
     enters may still be a constant, the bias of its layer or batch norm: that becomes part of the
     bias of the layers that read it where this is exact (linear layers and convolutions without
     padding); else the unit stays. Infinities and NaNs that would come of 0 * infinity inside the
-    network are not considered.
+    network are not considered. What depends on the inputs' size, such as an embedding of
+    positions, is taken as it is at the example's; of branches, the one that the example takes.
 
     Args:
         model: any module that makes tensors of one tensor. What is not understood stays as it is.
@@ -98,19 +100,25 @@ def compact(model: nn.Module, example: Tensor) -> nn.Module:
     Returns:
         A copy with the same outputs in evaluation mode, checked on the example to 1e-5 of the
         largest (in float32, on CUDA in float64). Its attribute `compaction`, a `Compaction`, says
-        what was removed, or why nothing. A layer that would lose all units keeps one.
+        what was removed, or why nothing. A layer that would lose all units keeps one. `torch.save`
+        keeps the copy; its state dict fits no network of the old sizes.
 
     Raises:
-        CompactError: the model does not take the example, or its outputs would change; the layer is
-            named where it is known. The model is as it was in any case.
+        TypeError: `model` is no module.
+        ValueError: the model cannot be copied.
+        CompactError: the model does not take the example, puts out something else than tensors and
+            numbers, is random, or its outputs would change; the layer is named where it is known.
+            The model is as it was in any case.
     """
-    expected = _outputs(model, example)
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"compact takes a module, not a {type(model).__name__}")
+    expected = _outputs(copied(model), example)
     # Code may count on a number of channels: then what goes through such code stays.
     for strictness in (0, 1, 2):
-        small = copy.deepcopy(model)
+        small = copied(model)
         compaction = _compact(small, example, strictness)
         try:
-            difference = _difference(expected, _outputs(small, example))
+            difference = _difference(expected, _outputs(copied(small), example))
         except CompactError:
             if strictness == 2:
                 raise
@@ -118,11 +126,18 @@ def compact(model: nn.Module, example: Tensor) -> nn.Module:
             if difference <= TOLERANCE:
                 break
     else:
+        again = _outputs(copied(model), example)
+        if not compaction.layers or _difference(expected, again) > TOLERANCE:
+            raise CompactError(
+                f"{type(model).__name__} gives other outputs when it is called again, so that they "
+                "cannot be compared: it draws random numbers or keeps a state"
+            )
         raise CompactError(
             f"{type(model).__name__} without the units of {', '.join(compaction.layers)} gives "
             f"outputs that differ by {difference:.1e} of the largest: how its layers are connected "
             "was not understood"
         )
+    restore_buffers(small, model)
     small.compaction = compaction  # type: ignore[assignment]
     logger.log(logging.INFO if compaction.layers else logging.WARNING, "%s", compaction)
     return small
@@ -185,7 +200,7 @@ def _run(model: nn.Module, example: Tensor, run: Callable[[Tensor], Any]) -> lis
     ]
     try:
         with _Evaluation(model), torch.no_grad():
-            outputs = run(example)
+            outputs = run(fresh(example))
     except Exception as error:  # of any kind, for whatever the model does
         where = f" in {entered[-1]}" if entered[-1] else ""
         raise CompactError(
@@ -195,7 +210,14 @@ def _run(model: nn.Module, example: Tensor, run: Callable[[Tensor], Any]) -> lis
     finally:
         for handle in handles:
             handle.remove()
-    return [leaf for leaf in tree_leaves(outputs) if isinstance(leaf, Tensor)]
+    leaves = [leaf for leaf in tree_leaves(outputs) if leaf is not None]
+    for leaf in leaves:
+        if not isinstance(leaf, Tensor | int | float | complex | str):
+            raise CompactError(
+                f"{type(model).__name__} puts out a {type(leaf).__name__}, and only tensors and "
+                "numbers can be compared, in tuples, lists and dictionaries too"
+            )
+    return [torch.as_tensor(leaf) for leaf in leaves if not isinstance(leaf, str)]
 
 
 def _outputs(model: nn.Module, example: Tensor) -> list[Tensor]:

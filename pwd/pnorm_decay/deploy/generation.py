@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import ctypes
+import math
+import operator
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -22,6 +24,8 @@ from pnorm_decay.models.gpt import GPT
 
 __all__ = ["generate"]
 
+WHOLE = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
+NORM_EPS = 1e-5  # as in sparse.c
 DRAWS = 64  # tokens for which random numbers are drawn at a time
 
 
@@ -49,7 +53,6 @@ class _Decoder(ctypes.Structure):
 Step = Callable[[int, int], Tensor]  # the logits after a token, which is at this position
 
 
-@torch.no_grad()
 def generate(
     model: GPT,
     prompt: Tensor,
@@ -71,21 +74,34 @@ def generate(
         temperature: what the logits are divided by; at 0, the likeliest token is taken.
         generator: of the random numbers, on the CPU; None for torch's own.
 
-    Yields:
-        Each token as soon as it is known.
+    Returns:
+        An iterator of the tokens, each of which is made when it is asked for.
 
     Raises:
-        TypeError: the model is no `GPT`.
+        TypeError: the model is no `GPT`, the prompt no tensor of whole numbers, or `count` or
+            `temperature` no number.
         ValueError: the prompt is empty, holds no token of the model's, or a number is negative.
     """
     if not isinstance(model, GPT):
         raise TypeError(f"generate writes with a GPT, not with a {type(model).__name__}")
-    vocabulary, context = model.token_embedding.num_embeddings, model.block_size
+    if not isinstance(prompt, Tensor) or prompt.dtype not in WHOLE:
+        kind = prompt.dtype if isinstance(prompt, Tensor) else type(prompt).__name__
+        raise TypeError(f"A prompt is a tensor of whole numbers, not of {kind}")
+    vocabulary = model.token_embedding.num_embeddings
     text = prompt.tolist()
     if prompt.ndim != 1 or not text or not 0 <= min(text) <= max(text) < vocabulary:
         raise ValueError(f"A prompt is a vector of one or more tokens below {vocabulary}")
-    if count < 0 or not temperature >= 0:
-        raise ValueError(f"count {count} and temperature {temperature} must not be negative")
+    count = operator.index(count)
+    if count < 0 or not 0 <= float(temperature) < math.inf:
+        raise ValueError(f"count {count} and temperature {temperature} must be 0 or more, finite")
+    return _tokens(model, text, count, temperature, generator)
+
+
+@torch.no_grad()
+def _tokens(
+    model: GPT, text: list[int], count: int, temperature: float, generator: torch.Generator | None
+) -> Iterator[int]:
+    vocabulary, context = model.token_embedding.num_embeddings, model.block_size
     store = model.new_cache()
     step = compiled_step(model, store) or _step(model, store)
     position = context  # nothing has been read yet
@@ -101,7 +117,8 @@ def generate(
             # The largest of logits with Gumbel noise is a draw from their softmax.
             if n % DRAWS == 0:
                 noise.exponential_(generator=generator).log_()
-            logits = logits.float().cpu() / temperature - noise[n % DRAWS]
+            below = (logits - logits.max()).double().cpu()  # 0 / temperature is no infinity
+            logits = below / temperature - noise[n % DRAWS]
         text.append(int(logits.argmax()))
         yield text[-1]
 
@@ -121,6 +138,11 @@ def compiled_step(model: GPT, store: Tensor) -> Step | None:
         return None
     if not any(isinstance(layer, SparseLinear) for layer in model.modules()) or not _library():
         return None
+    for module in model.modules():
+        if module._forward_pre_hooks or module._forward_hooks:
+            return None
+        if isinstance(module, nn.LayerNorm) and module.eps != NORM_EPS:
+            return None
     width, heads = model.token_embedding.embedding_dim, model.cache_shape[2]
     if not all(_has_known_form(_linears(block), width, heads) for block in model.blocks):
         return None

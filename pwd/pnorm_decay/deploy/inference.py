@@ -24,12 +24,14 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
+from torch.autograd import forward_ad
 from torch.fx.experimental.optimization import fuse
 from torch.fx.passes.shape_prop import ShapeProp
 from torch.utils._pytree import tree_leaves, tree_map
 from torch.utils.weak import WeakIdKeyDictionary
 
 from pnorm_decay.compiler import shared_library
+from pnorm_decay.deploy.copies import copied, fresh, restore_buffers
 
 __all__ = ["SparseConv2d", "SparseLinear", "sparse_inference"]
 
@@ -131,6 +133,10 @@ class _Sparse(nn.Module):
         """The dense weight, made anew at each access."""
         return self.nonzeros.dense(*self.shape)
 
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        super()._load_from_state_dict(*args, **kwargs)
+        _PLANS.pop(self.values, None)  # in inference mode no version tells of it
+
     def extra_repr(self) -> str:
         return f"{self.shape}, {len(self.values)} weights"
 
@@ -198,16 +204,23 @@ def _library() -> ctypes.CDLL | None:
         return None
 
 
-def _is_fast(x: Tensor, values: Tensor) -> bool:
+def _is_fast(values: Tensor, x: Tensor, residual: Tensor | None = None) -> bool:
+    """Whether sparse.c takes a layer's weights and inputs."""
     return (
-        x.is_cpu
-        and values.is_cpu
-        and x.dtype == values.dtype == torch.float32
-        and not (x.requires_grad and torch.is_grad_enabled())
+        values.is_cpu
+        and values.dtype == torch.float32
+        and _is_plain(x)
+        and (residual is None or _is_plain(residual))
         and not torch.is_autocast_enabled("cpu")
-        and x.numel() > 0
+        and forward_ad._current_level < 0
         and _library() is not None
     )
+
+
+def _is_plain(x: Tensor) -> bool:
+    needs_gradient = x.requires_grad and torch.is_grad_enabled()
+    is_read = x.is_cpu and x.dtype == torch.float32 and x.numel() > 0 and not x.is_neg()
+    return is_read and not needs_gradient
 
 
 def _address(tensor: Tensor | None) -> int | None:
@@ -239,7 +252,7 @@ def _scratch(elements: int) -> int:
 
 
 def _linear(x: Tensor, nonzeros: Nonzeros, bias: Tensor | None, columns: int) -> Tensor:
-    if x.ndim and x.shape[-1] == columns and _is_fast(x, nonzeros.values):
+    if x.ndim and x.shape[-1] == columns and _is_fast(nonzeros.values, x):
         flat = x.reshape(-1, columns).contiguous()
         out = x.new_empty(*x.shape[:-1], len(nonzeros.ends))
         product = _product if len(flat) == 1 and columns <= MOST_COLUMNS else _products
@@ -342,7 +355,8 @@ def _convolution(
     shape: Sequence[int],
     settings: Settings,
 ) -> Tensor:
-    if x.ndim == 4 and x.shape[1] == shape[1] * settings.groups and _is_fast(x, nonzeros.values):
+    fits = x.ndim == 4 and x.shape[1] == shape[1] * settings.groups
+    if fits and _is_fast(nonzeros.values, x, residual):
         out = _empty_output(x, shape, settings)
         if residual is not None and residual.stride() != out.stride():
             residual = torch.empty_like(out).copy_(residual)
@@ -476,8 +490,9 @@ class InBfloat16(nn.Module):
         super().__init__()
         self.module = module.bfloat16()
 
-    def forward(self, *args: Any) -> Any:
-        return _to(torch.float32, self.module(*_to(torch.bfloat16, args)))
+    def forward(self, *args: Any, **names: Any) -> Any:
+        args, names = _to(torch.bfloat16, (args, names))
+        return _to(torch.float32, self.module(*args, **names))
 
 
 class InParts(nn.Module):
@@ -491,10 +506,14 @@ class InParts(nn.Module):
         super().__init__()
         self.module = module
 
-    def forward(self, batch: Tensor) -> Tensor:
-        if len(batch) <= LANES or _is_traced():
-            return self.module(batch)
-        return torch.cat([self.module(part) for part in batch.split(LANES)])
+    def forward(self, *args: Any, **names: Any) -> Any:
+        if _is_traced() or names or len(args) != 1 or len(args[0]) <= LANES:
+            return self.module(*args, **names)
+        return torch.cat([self.module(part) for part in args[0].split(LANES)])
+
+
+def _call(model: nn.Module, args: tuple[Any, ...]) -> Any:
+    return model(*fresh(args))
 
 
 def _to(dtype: torch.dtype, values: Any) -> Any:
@@ -518,9 +537,12 @@ def sparse_inference(
     For this repository's `GPT` and one token as example, what counts is `generate`'s time.
     Logged (INFO, `pnorm_decay.deploy`) is what was faster where.
 
-    The outputs are equal up to rounding, NaN and infinity included. The weights of the sparse
-    layers are buffers; nothing in the copy needs gradients. `torch.compile` and `torch.export` see
-    one operation a layer; a program that was exported runs where this module has been imported.
+    What comes back is to be called as the model is. It may be of another class: a
+    `torch.fx.GraphModule`, or a wrapper. Nothing is traced, nor folded, where a module has hooks.
+    Of branches in the model's code, a traced one may have only those that the example takes. The
+    outputs are equal up to rounding, NaN and infinity included. The weights of the sparse layers
+    are buffers; nothing in the copy needs gradients. `torch.compile` and `torch.export` see one
+    operation a layer; a program that was exported runs where this module has been imported.
 
     Args:
         model: on the CPU, in fp32; it is not changed. Layers in other types stay as they are, and
@@ -531,18 +553,21 @@ def sparse_inference(
             than all else, numbers have 8 bits there. Text is always written in fp32.
 
     Raises:
-        ValueError: the model is not on the CPU, or does not take the example.
+        TypeError: `model` is no module.
+        ValueError: the model is not on the CPU, cannot be copied, or does not take the example.
         RuntimeError: a sparse layer's output is not the dense one's.
     """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"sparse_inference takes a module, not a {type(model).__name__}")
     if any(not tensor.is_cpu for tensor in (*model.parameters(), *model.buffers())):
         raise ValueError("sparse_inference is for models on the CPU; call model.cpu() first.")
     args = example if isinstance(example, tuple) else (example,)
-    given = copy.deepcopy(model).eval().requires_grad_(False)
+    given = copied(model).eval().requires_grad_(False)
     with torch.no_grad():
         try:
-            expected = given(*args)
-        except (RuntimeError, ValueError, TypeError, IndexError) as error:
-            reason = " ".join(str(error).split())
+            expected = given(*fresh(args))
+        except Exception as error:  # of any kind, for whatever the model does
+            reason = f"{type(error).__name__}: {' '.join(str(error).split())}"
             raise ValueError(f"The model does not take the example: {reason}") from error
         if _library() is None:
             return given
@@ -550,19 +575,26 @@ def sparse_inference(
         candidates = {name: sparse for name, layer in _eligible(base) if (sparse := _sparse(layer))}
         if not candidates:
             warnings.warn(
-                "Nothing is gained: no linear layer or convolution in fp32 has 40 % of zeros.",
+                "Nothing is gained: no linear layer or convolution in fp32 has 40 % of zeros (but "
+                "for those with hooks, such as masks of torch.nn.utils.prune, NaN or infinity).",
                 stacklevel=2,
             )
+            restore_buffers(given, model)
             return given
         forms = {"dense": given} | _sparse_forms(base, candidates, args, expected, allow_bf16)
         # `generate` reads the GPT itself, not what wraps it in bf16.
         forms |= _dense_forms(base, allow_bf16 and TEXT not in forms)
         seconds = _alternate(
-            {name: _text_step(form, args) or partial(form, *args) for name, form in forms.items()}
+            {
+                name: _text_step(form, args) or partial(_call, form, args)
+                for name, form in forms.items()
+            }
         )
     for name, taken in seconds.items():
         logger.info("The whole, %s: %.3f ms", name, 1e3 * taken)
     best = min(seconds, key=lambda name: seconds[name])
+    whole = forms[best]
+    restore_buffers(whole.module if isinstance(whole, InParts | InBfloat16) else whole, model)
     if not any(isinstance(module, _Sparse) for module in forms[best].modules()):
         warnings.warn(
             f"Nothing is gained by leaving zeros out: {best} is fastest here.", stacklevel=2
@@ -580,7 +612,7 @@ def _sparse_forms(
     """The model with sparse layers where they are faster, whole and in parts; {} if none is."""
     everything = _with(base, candidates)
     if _text_step(everything, args):  # no layer runs alone
-        _check("The model", everything(*args), expected, 1e-3)
+        _check("The model", _call(everything, args), expected, 1e-3)
         return {TEXT: everything}
     has_parts = _has_parts(candidates, args, expected)
     measured = (args[0][:LANES],) if has_parts else args
@@ -588,9 +620,9 @@ def _sparse_forms(
     if not chosen:
         return {}
     mixed, tolerance = _fused(_with(base, chosen), measured), 0.1 if allow_bf16 else 1e-3
-    _check("The model", mixed(*args), expected, tolerance)
+    _check("The model", _call(mixed, args), expected, tolerance)
     in_parts = InParts(mixed)
-    if has_parts and _is_equal(in_parts(*args), expected, tolerance):
+    if has_parts and _is_equal(_call(in_parts, args), expected, tolerance):
         return {"mixed": mixed, "mixed, 16 at a time": in_parts}
     return {"mixed": mixed}
 
@@ -631,12 +663,14 @@ def _has_parts(layers: Mapping[str, nn.Module], args: tuple[Any, ...], expected:
 
 def _folded(model: nn.Module, args: tuple[Any, ...], expected: Any) -> nn.Module:
     """The model with batch norms folded into convolutions, itself where that cannot be done."""
-    if not any(isinstance(module, nn.Conv2d) for module in model.modules()):
+    if not any(isinstance(module, nn.Conv2d) for module in model.modules()) or any(
+        module._forward_pre_hooks or module._forward_hooks for module in model.modules()
+    ):
         return model
     try:
         folded = fuse(model).requires_grad_(False)
         # torch's folding is wrong where two batch norms follow one convolution.
-        _check("The folded model", folded(*args), expected, 1e-3)
+        _check("The folded model", _call(folded, args), expected, 1e-3)
     except Exception as error:  # what a model's own code does with torch.fx's proxies
         logger.info("Nothing is folded: %s", error)
         return model
@@ -693,13 +727,13 @@ def _faster_layers(
         forms["bf16"] = {name: InBfloat16(copy.deepcopy(layer)) for name, layer in dense.items()}
     models = {"dense": base} | {form: _with(base, layers) for form, layers in forms.items()}
     with _checked(models["sparse"], sparse):
-        models["sparse"](*args)
+        _call(models["sparse"], args)
     times: dict[str, dict[str, list[float]]] = {form: {} for form in models}
 
     def timed(form: str) -> Callable[[], object]:
         def run() -> None:
             with _timed(models[form], sparse) as seconds:
-                models[form](*args)
+                _call(models[form], args)
             for name, taken in seconds.items():
                 times[form].setdefault(name, []).append(taken)
 
@@ -804,7 +838,7 @@ def _fused(model: nn.Module, args: tuple[Any, ...]) -> nn.Module:
     """The model, its sparse convolutions with the addition and the ReLU that follow them."""
     if not isinstance(model, fx.GraphModule):
         return model
-    ShapeProp(model).propagate(*args)
+    ShapeProp(model).propagate(*fresh(args))
     calls = [node.target for node in model.graph.nodes if node.op == "call_module"]
     place = {node: i for i, node in enumerate(model.graph.nodes)}
     for node in list(model.graph.nodes):

@@ -13,8 +13,18 @@
 #include <omp.h>
 #endif
 
-#define LANES 16
-typedef float vector __attribute__((vector_size(4 * LANES), aligned(4)));
+#define LANES 16 /* images or tokens done together, in vectors as wide as the machine's registers */
+#if defined(__AVX512F__)
+#define WIDTH 16
+#define WIDEST 16 /* sums of LANES that registers hold */
+#elif defined(__AVX__)
+#define WIDTH 8
+#define WIDEST 4
+#else
+#define WIDTH 4
+#define WIDEST 2
+#endif
+typedef float vector __attribute__((vector_size(4 * WIDTH), aligned(4)));
 typedef int64_t integer;
 typedef struct { float value; int32_t place; } Weight; /* the place counts pixels of the copy */
 
@@ -34,27 +44,21 @@ typedef struct {
 
 static inline integer least(integer a, integer b) { return a < b ? a : b; }
 
-#ifdef __AVX512F__
-#define WIDEST 16 /* sums in registers */
-#else
-#define WIDEST 4
-#endif
-
-/* The sums of HIGH rows of WIDE vectors of outputs, over one output channel's weights. */
+/* The sums of HIGH rows of WIDE times LANES outputs, over one output channel's weights. */
 #define EACH(HIGH, WIDE)                                       \
   _Pragma("GCC unroll 16") for (int r = 0; r < HIGH; r++)      \
-    _Pragma("GCC unroll 16") for (int c = 0; c < WIDE; c++)
+    _Pragma("GCC unroll 64") for (int c = 0; c < WIDE * LANES / WIDTH; c++)
 #define BLOCK(HIGH, WIDE)                                                                        \
   static void block_##HIGH##_##WIDE(const Weight *w, const Weight *end, float bias,              \
                                     const float *in, integer scale, integer pitch, float *out,   \
                                     integer out_pitch) {                                         \
-    vector sum[HIGH][WIDE];                                                                      \
+    vector sum[HIGH][WIDE * LANES / WIDTH];                                                      \
     EACH(HIGH, WIDE) sum[r][c] = bias - (vector){0};                                             \
     for (; w < end; w++) {                                                                       \
       const float *at = in + w->place * scale;                                                   \
-      EACH(HIGH, WIDE) sum[r][c] += w->value * *(const vector *)(at + r * pitch + LANES * c);    \
+      EACH(HIGH, WIDE) sum[r][c] += w->value * *(const vector *)(at + r * pitch + WIDTH * c);    \
     }                                                                                            \
-    EACH(HIGH, WIDE) *(vector *)(out + r * out_pitch + LANES * c) = sum[r][c];                   \
+    EACH(HIGH, WIDE) *(vector *)(out + r * out_pitch + WIDTH * c) = sum[r][c];                   \
   }
 BLOCK(1, 1) BLOCK(2, 1) BLOCK(4, 1) BLOCK(1, 2) BLOCK(2, 2) BLOCK(4, 2)
 BLOCK(1, 4) BLOCK(2, 4) BLOCK(4, 4) BLOCK(1, 8) BLOCK(2, 8) BLOCK(1, 16)
@@ -64,12 +68,12 @@ static Block *const blocks[5][3] = { /* by the logarithms of WIDE and HIGH */
   {block_1_1, block_2_1, block_4_1}, {block_1_2, block_2_2, block_4_2},
   {block_1_4, block_2_4, block_4_4}, {block_1_8, block_2_8, 0}, {block_1_16, 0, 0}};
 
-/* One output channel: any number of rows of any number of vectors. */
+/* One output channel: any number of rows of any number of LANES. */
 static void channel(const Weight *w, const Weight *end, float bias, const float *in, integer scale,
-                    integer pitch, float *out, integer out_pitch, integer rows, integer vectors) {
-  int wide = WIDEST == 16 ? 4 : 2, high;
-  for (integer c = 0; c < vectors; c += 1 << wide) {
-    while (1 << wide > vectors - c) wide--;
+                    integer pitch, float *out, integer out_pitch, integer rows, integer lanes) {
+  int wide = WIDEST == 16 ? 4 : WIDEST == 4 ? 2 : 1, high;
+  for (integer c = 0; c < lanes; c += 1 << wide) {
+    while (1 << wide > lanes - c) wide--;
     for (integer r = 0; r < rows; r += 1 << high) {
       for (high = 2; 1 << high > rows - r || 1 << (high + wide) > WIDEST; high--);
       blocks[wide][high](w, end, bias, in + r * pitch + c * LANES, scale, pitch,
@@ -128,13 +132,14 @@ static int copy(const Geometry *g, const float *in, integer n, integer chunk, in
 }
 
 #if defined(__GNUC__) && !defined(__clang__)
-typedef int32_t lanes __attribute__((vector_size(4 * LANES)));
-/* Transposes 16 x 16 numbers: halves change places, then quarters, and so on. */
+typedef int32_t places __attribute__((vector_size(4 * WIDTH)));
+/* Transposes WIDTH x WIDTH numbers: halves change places, then quarters, and so on. */
 static inline void transpose_block(vector *v) {
-  const lanes index = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
-  _Pragma("GCC unroll 4") for (int s = LANES / 2; s; s /= 2) {
-    lanes low = index + (((index & s) != 0) & (LANES - s)), high = low + s;
-    _Pragma("GCC unroll 16") for (int i = 0; i < LANES; i++)
+  places index;
+  _Pragma("GCC unroll 16") for (int i = 0; i < WIDTH; i++) index[i] = i;
+  _Pragma("GCC unroll 4") for (int s = WIDTH / 2; s; s /= 2) {
+    places low = index + (((index & s) != 0) & (WIDTH - s)), high = low + s;
+    _Pragma("GCC unroll 16") for (int i = 0; i < WIDTH; i++)
       if (!(i & s)) {
         vector a = v[i], b = v[i + s];
         v[i] = __builtin_shuffle(a, b, low), v[i + s] = __builtin_shuffle(a, b, high);
@@ -143,7 +148,7 @@ static inline void transpose_block(vector *v) {
 }
 #else
 static inline void transpose_block(vector *v) {
-  for (int i = 0; i < LANES; i++)
+  for (int i = 0; i < WIDTH; i++)
     for (int j = 0; j < i; j++) {
       float x = v[i][j];
       v[i][j] = v[j][i], v[j][i] = x;
@@ -155,25 +160,25 @@ static inline void transpose_block(vector *v) {
 static int transpose(const float *from, integer pitch, integer rows, integer columns, float *to,
                      integer to_pitch) {
   vector sum = {0}; /* of x - x */
-  for (integer r = 0; r < rows; r += LANES)
-    for (integer c = 0; c < columns; c += LANES) {
-      vector v[LANES] = {{0}};
-      integer high = least(LANES, rows - r), wide = least(LANES, columns - c);
+  for (integer r = 0; r < rows; r += WIDTH)
+    for (integer c = 0; c < columns; c += WIDTH) {
+      vector v[WIDTH] = {{0}};
+      integer high = least(WIDTH, rows - r), wide = least(WIDTH, columns - c);
       for (integer i = 0; i < high; i++)
-        if (wide == LANES)
+        if (wide == WIDTH)
           v[i] = *(const vector *)(from + (r + i) * pitch + c);
         else
           memcpy(&v[i], from + (r + i) * pitch + c, (size_t)wide * sizeof(float));
-      for (integer i = 0; i < LANES; i++) sum += v[i] - v[i];
+      for (integer i = 0; i < WIDTH; i++) sum += v[i] - v[i];
       transpose_block(v);
       for (integer i = 0; i < wide; i++)
-        if (high == LANES)
+        if (high == WIDTH)
           *(vector *)(to + (c + i) * to_pitch + r) = v[i];
         else
           memcpy(to + (c + i) * to_pitch + r, &v[i], (size_t)high * sizeof(float));
     }
   int bad = 0;
-  for (int i = 0; i < LANES; i++) bad |= sum[i] != 0;
+  for (int i = 0; i < WIDTH; i++) bad |= sum[i] != 0;
   return bad;
 }
 

@@ -40,6 +40,7 @@ import torch
 import zstandard
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
 from pnorm_decay.files import atomic_write, regular_size
 from pnorm_decay.optim.layout import PLAIN, local_part, whole
@@ -87,17 +88,21 @@ def save_sparse(
 
     Raises:
         ValueError: `values` is something else, or rounding to bfloat16 would overflow.
-        TypeError: an entry is no tensor, or one of a kind without plain memory: quantized, sparse
-            layouts, meta tensors and tensor subclasses other than DTensor.
+        TypeError: this is no module and no mapping, or an entry is no tensor, or one of a kind
+            without plain memory: quantized, sparse layouts, meta tensors and tensor subclasses
+            other than DTensor.
         OSError: the file cannot be written; what was at `path` stays.
     """
     if values not in (None, "bf16"):
         raise ValueError(f'values must be None or "bf16", got {values!r}')
-    tensors: Mapping[str, Tensor]
-    if isinstance(model_or_state_dict, nn.Module):
-        tensors = model_or_state_dict.state_dict()
-    else:
-        tensors = model_or_state_dict
+    tensors: Any = model_or_state_dict
+    if isinstance(tensors, nn.Module):
+        tensors = tensors.state_dict()
+    if not isinstance(tensors, Mapping):
+        raise TypeError(
+            f"save_sparse writes a module or tensors by name, not a {type(tensors).__name__}"
+        )
+    tensors = dict(tensors)  # a mapping may make its tensors anew whenever it is asked
     for name, tensor in tensors.items():
         _check_plain(name, tensor)
     if any(type(tensor) not in PLAIN for tensor in tensors.values()):
@@ -130,8 +135,9 @@ def load_sparse(
 
     Args:
         path: a file that `save_sparse` wrote.
-        into: a module that takes the tensors over; all of its names and shapes must be the file's.
-        names: the tensors to read, without reading the others; default all.
+        into: a module that takes the tensors over, in its own dtypes; all of its names and shapes
+            must be the file's.
+        names: the tensors to read, or the one, without reading the others; default all.
         max_bytes: the most bytes of memory that the tensors may take together. By default 1 GiB or
             a thousand times the file's size, whichever is more.
 
@@ -142,11 +148,16 @@ def load_sparse(
         SparseFileError: the file is no sparse file, cut off, changed or larger than allowed, or it
             does not fit the module, whose first such tensor is named.
         KeyError: `names` has a name that the file has not.
-        ValueError: both `into` and `names` are given.
+        ValueError: both `into` and `names` are given, or `into` has no memory yet: it is on the
+            meta device or has lazy layers.
+        TypeError: `into` is no module.
         OSError: the file cannot be read.
     """
     if into is not None and names is not None:
         raise ValueError("load_sparse takes into or names: a module takes all tensors over")
+    if into is not None:
+        _check_takes_tensors(into)
+    names = [names] if isinstance(names, str) else names
     path = Path(path)
     size = regular_size(path)
     try:
@@ -207,6 +218,18 @@ class Entry:
         """Of memory while and after it is read."""
         loaded, stored = self.dtype.itemsize, self.stored.itemsize
         return self.numbers * (loaded if self.dtype == self.stored else loaded + stored)
+
+
+def _check_takes_tensors(module: Any) -> None:
+    if not isinstance(module, nn.Module):
+        raise TypeError(f"load_sparse loads into a module, not into a {type(module).__name__}")
+    for name, tensor in itertools.chain(module.named_parameters(), module.named_buffers()):
+        if is_lazy(tensor):
+            raise ValueError(f"{name!r} is lazy; call the module on an example first")
+        if tensor.is_meta:
+            raise ValueError(
+                f'{name!r} has no memory yet; call module.to_empty(device="cpu") first'
+            )
 
 
 def _check_plain(name: Any, tensor: Any) -> None:

@@ -111,6 +111,7 @@ class Trace(TorchDispatchMode):
         self._parents = [PINNED]
         self._flows: Any = WeakTensorKeyDictionary()
         self._transposed: Any = WeakTensorKeyDictionary()
+        self._parts: Any = WeakTensorKeyDictionary()  # views of parameters
         self._frozen: dict[int, str] = {}
         self._writes: Counter[int] = Counter()  # in place, into each storage
         self._left = False  # whether numbers have left torch for Python, and may have come back
@@ -227,6 +228,8 @@ class Trace(TorchDispatchMode):
             weight, turned = self._transposed.get(tensors[0], (tensors[0], False))
             self._transposed[out] = weight, turned ^ (name not in ("detach", "alias"))
         elif not self._layer_of(name, args, kwargs or {}, out):
+            if name in ("t", "transpose") and id(tensors[0]) in self._names:
+                self._parts[out] = True
             self._freeze(tensors, name)
             if any(self._is_followed(tensor) for tensor in tensors):
                 self._left |= name == "_local_scalar_dense"
@@ -257,7 +260,7 @@ class Trace(TorchDispatchMode):
         """Follows a layer: something with parameters along its channels."""
         if name in ("convolution", "mm", "addmm"):
             weight = args[1] if name == "convolution" else args[-1]
-            ours = weight in self._transposed or id(weight) in self._names
+            ours = weight in self._transposed or weight in self._parts or id(weight) in self._names
             if not (ours or weight in self._flows):
                 self.computed[self._here] = None
         if name == "convolution" and id(args[1]) in self._layers:
@@ -455,6 +458,8 @@ class Trace(TorchDispatchMode):
             labels, constant = labels.squeeze(reduced), constant.squeeze(reduced)
         if any(a not in (1, b) for a, b in zip(labels.shape, out.shape, strict=True)):
             return False
+        if name == "sum":  # of how many numbers, the size decides
+            constant = constant & (out == 0).cpu()
         self._note(out, labels, constant)
         return True
 
