@@ -2,14 +2,14 @@
 
 nanoGPT (10.7 million weights) writes text at batch 1 and reads a prompt of 256 characters; ResNet18
 (width 64) classifies images of 32 x 32 pixels. Dense networks run in fp32 and in bf16, the images
-in `channels_last` too, and both through torch.compile; sparse ones are `sparse_inference`'s, of
-random zeros (every weight as likely) or of trained networks, given by their runs' folders, through
-torch.compile, too; trained networks also come through `compact`. All forms of a case take turns.
+in `channels_last` too, and both through torch.compile; sparse ones are `sparse_inference`'s, also
+through torch.compile: of random zeros (every weight as likely) or of trained networks (runs'
+folders or sparse files), which come through `compact`, too. All forms of a case take turns.
 `ratio` is to the fastest dense form of the same case, threads and network. The file of a dense form
 is torch.save's, of the others save_sparse's.
 
     python scripts/bench_inference.py
-    python scripts/bench_inference.py --networks runs/cpu/nanogpt_shakespeare/* --threads 1
+    python scripts/bench_inference.py --networks results/networks/cpu/*/* --threads 1
 
 Each case is written when it is done; what the output already holds is not done again.
 """
@@ -38,7 +38,14 @@ from torch import Tensor, nn
 
 from bench_common import machine, memory, reset_peak_memory, thread_count, write_rows
 from pnorm_decay import sparsity
-from pnorm_decay.deploy import compact, generate, save_sparse, sparse_inference
+from pnorm_decay.deploy import (
+    SparseFileError,
+    compact,
+    generate,
+    load_sparse,
+    save_sparse,
+    sparse_inference,
+)
 from pnorm_decay.deploy.inference import InBfloat16, InParts
 from pnorm_decay.messages import one_line
 from pnorm_decay.models.gpt import GPT
@@ -314,11 +321,28 @@ def groups(arguments: argparse.Namespace) -> Iterator[tuple[str, str, dict[str, 
                     for share in arguments.sparsity
                 },
             )
-    for folder in arguments.networks or ():
-        network, _ = load_run(folder)
+    for path in arguments.networks or ():
+        network = trained_network(path)
         for case in arguments.cases:
             if isinstance(network, GPT) != ("image" in case):
-                yield case, folder.name, {folder.name: network}
+                yield case, path.stem, {path.stem: network}
+
+
+def trained_network(path: Path) -> nn.Module:
+    """That of a run's folder or of a sparse file.
+
+    Raises:
+        ConfigError, SparseFileError, OSError: there is none, or it is damaged.
+    """
+    if path.is_dir():
+        return load_run(path)[0]
+    state = load_sparse(path)
+    if "token_embedding.weight" in state:
+        return GPT.from_state_dict(state).eval()
+    width, channels = state["conv1.weight"].shape[:2]
+    network = ResNet18(len(state["head.weight"]), channels, width)
+    network.load_state_dict(state)
+    return network.eval()
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -328,7 +352,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--cases", nargs="+", choices=CASES, default=list(CASES), metavar="CASE")
     parser.add_argument("--threads", nargs="+", type=thread_count, default=[1, 2])
     parser.add_argument("--sparsity", nargs="+", type=float, default=list(SPARSITIES))
-    parser.add_argument("--networks", nargs="+", type=Path, help="runs' folders, not random zeros")
+    parser.add_argument("--networks", nargs="+", type=Path, help="trained ones, no random zeros")
     parser.add_argument("--no-compile", action="store_true", help="leave torch.compile out")
     parser.add_argument("--bf16", action="store_true", help="sparse_inference(allow_bf16=True) too")
     parser.add_argument("--rounds", type=int, default=7, help="turns of each form")
@@ -362,7 +386,7 @@ def main() -> None:
                 rows += new
                 write_rows(arguments.output, rows)
                 torch.compiler.reset()
-    except (ConfigError, OSError) as error:
+    except (ConfigError, SparseFileError, OSError) as error:
         console.print(f"error: {one_line(error)}", markup=False)
         sys.exit(2)
     console.print(f"{arguments.output}: {len(rows)} rows")

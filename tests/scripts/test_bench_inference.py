@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import sys
+from argparse import Namespace
 from collections import OrderedDict
 
 import pandas as pd
 import pytest
 import torch
 
-from pnorm_decay.deploy import inference
+from pnorm_decay.deploy import inference, save_sparse
 from pnorm_decay.deploy.inference import InBfloat16, InParts
 from pnorm_decay.figures.inference import read
 from pnorm_decay.models.gpt import GPT
@@ -19,7 +20,7 @@ from pnorm_decay.models.resnet import ResNet18
 @pytest.fixture
 def bench(load, monkeypatch):
     module = load("bench_inference")
-    monkeypatch.setattr(module, "ResNet18", lambda: ResNet18(width=2))
+    monkeypatch.setattr(module, "ResNet18", lambda *sizes: ResNet18(*(sizes or (10, 3, 2))))
     monkeypatch.setattr(module, "nanogpt", lambda: GPT(11, 1, 2, 8, 32))
     monkeypatch.setattr(inference, "SECONDS", 0.02)
     return module
@@ -57,6 +58,33 @@ def test_it_writes_a_row_for_each_form_and_resumes(bench, monkeypatch, tmp_path,
     again = run(bench, monkeypatch, output, *chosen[:3], "16 images", *chosen[3:])
     assert again[: len(rows)] == rows
     assert {row["case"] for row in again[len(rows) :]} == {"16 images"}
+
+
+def test_sparse_files_are_networks(bench, monkeypatch, tmp_path):
+    monkeypatch.setattr(bench, "peak_megabytes", lambda *_: 12.5)
+    networks = {"images": ResNet18(width=2), "text": GPT(11, 1, 2, 8, 32, bias=False)}
+    paths = [tmp_path / f"{name}.safetensors" for name in networks]
+    for path, network in zip(paths, networks.values(), strict=True):
+        save_sparse(bench.with_random_zeros(network, 0.9), path)
+    words = ["--networks", *map(str, paths), "--cases", "1 image", "read a prompt"]
+    rows = run(bench, monkeypatch, tmp_path / "inference.csv", *words)
+    forms = {(row["case"], row["network"], row["form"]) for row in rows}
+    assert {case: network for case, network, _ in forms} == {
+        "1 image": "images", "read a prompt": "text"
+    }  # fmt: skip
+    assert {"sparse", "compact", "compact sparse"} <= {form for _, _, form in forms}
+
+
+def test_compiled_forms_come_with_the_dense_and_the_sparse_ones(bench):
+    networks = {"0.9": bench.with_random_zeros(ResNet18(width=2), 0.9).eval()}
+    arguments = Namespace(no_compile=False, bf16=False)
+    example = bench.example_of("1 image", networks["0.9"])
+    forms, _ = bench.forms_of("1 image", bench.RANDOM, networks, example, arguments)
+    compiled = [form for _, form in forms if "compiled" in form]
+    assert compiled == [
+        "compiled fp32 channels_last", "compiled bf16 channels_last", "sparse compiled"
+    ]  # fmt: skip
+    assert not bench.is_dense("sparse compiled")
 
 
 def test_memory_is_that_of_a_process_of_its_own(bench):
