@@ -110,9 +110,9 @@ def measure(
 def show(rows: list[dict[str, Any]]) -> None:
     """The table on the terminal."""
     table = Table(title="What compact leaves of trained networks")
-    for column in ("network", "batch", "zeros", "parameters", "multiply-adds", "ms", "speedup"):
-        is_name = column == "network"
-        table.add_column(column, justify="left" if is_name else "right", no_wrap=not is_name)
+    table.add_column("network")
+    for column in ("batch", "zeros", "params\nleft", "mult-adds\nleft", "ms", "speedup"):
+        table.add_column(column, justify="right", no_wrap=True)
     for row in rows:
         shares = (f"{row[key]:.1%}" for key in ("parameters_left", "multiply_adds_left"))
         took = f"{row['milliseconds']:.2f} -> {row['compact_milliseconds']:.2f}"

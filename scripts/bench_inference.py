@@ -2,9 +2,9 @@
 
 nanoGPT (10.7 million weights) writes text at batch 1 and reads a prompt of 256 characters; ResNet18
 (width 64) classifies images of 32 x 32 pixels. Dense networks run in fp32 and in bf16, the images
-in `channels_last` too, and both through torch.compile; sparse ones are `sparse_inference`'s, also
-through torch.compile: of random zeros (every weight as likely) or of trained networks (runs'
-folders or sparse files), which come through `compact`, too. All forms of a case take turns.
+in `channels_last` too, and both through torch.compile; sparse ones are `sparse_inference`'s, of
+random zeros (every weight as likely) or of trained networks (runs' folders or sparse files), which
+come through `compact`, too. All forms of a case take turns.
 `ratio` is to the fastest dense form of the same case, threads and network. The file of a dense form
 is torch.save's, of the others save_sparse's.
 
@@ -115,12 +115,6 @@ def items_of(case: str, model: Any, example: Tensor) -> int:
     return min(WRITTEN, model.block_size - min(PROMPT, model.block_size // 4))
 
 
-def compiled(form: nn.Module, network: nn.Module) -> nn.Module:
-    """A copy that torch.compile makes faster; of a GPT one graph for all lengths of a text."""
-    made: Any = torch.compile(copy.deepcopy(form), dynamic=isinstance(network, GPT))
-    return made
-
-
 def dense_forms(model: nn.Module, with_compiler: bool) -> Iterator[tuple[str, nn.Module]]:
     """What torch offers."""
     kinds = {"fp32": model, "bf16": copy.deepcopy(model).bfloat16()}
@@ -136,7 +130,9 @@ def dense_forms(model: nn.Module, with_compiler: bool) -> Iterator[tuple[str, nn
         yield f"dense {name}", form
     if with_compiler:
         for name, form in last.items():
-            yield f"compiled {name}", compiled(form, model)
+            # A text is one character longer each time: one graph for all lengths.
+            made: Any = torch.compile(copy.deepcopy(form), dynamic=isinstance(model, GPT))
+            yield f"compiled {name}", made
 
 
 def multiply_adds(model: nn.Module, example: Tensor) -> tuple[int, int]:
@@ -231,10 +227,6 @@ def forms_of(
             forms[name, "sparse"] = sparse_inference(network, example)
             if arguments.bf16:
                 forms[name, "sparse or bf16"] = sparse_inference(network, example, allow_bf16=True)
-            if case != "write text" and not arguments.no_compile:  # that is one call a token
-                for form in ("sparse", "sparse or bf16"):
-                    if (name, form) in forms:
-                        forms[name, f"{form} compiled"] = compiled(forms[name, form], network)
             if label != RANDOM:
                 small = stored[f"{name} compact"] = compact(network, example)
                 forms[f"{name} compact", "compact"] = small

@@ -221,6 +221,13 @@ def test_what_compiled_code_does_not_know_is_done_in_python():
     assert generation.compiled_step(fast, fast.new_cache()) is None
 
 
+def test_a_network_through_torch_compile_writes_the_same_text():
+    model, prompt = network(0.5), torch.tensor([1, 2, 3])
+    compiled = torch.compile(model, backend="eager", dynamic=True)
+    same = [list(generate(m, prompt, 15, temperature=0)) for m in (model, compiled)]
+    assert same[0] == same[1]
+
+
 def test_other_models_write_no_text():
     with pytest.raises(TypeError, match="with a GPT, not with a InBfloat16"):
         generate(InBfloat16(network(0)), torch.tensor([1]), 3)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import sys
-from argparse import Namespace
 from collections import OrderedDict
 
 import pandas as pd
@@ -73,18 +72,6 @@ def test_sparse_files_are_networks(bench, monkeypatch, tmp_path):
         "1 image": "images", "read a prompt": "text"
     }  # fmt: skip
     assert {"sparse", "compact", "compact sparse"} <= {form for _, _, form in forms}
-
-
-def test_compiled_forms_come_with_the_dense_and_the_sparse_ones(bench):
-    networks = {"0.9": bench.with_random_zeros(ResNet18(width=2), 0.9).eval()}
-    arguments = Namespace(no_compile=False, bf16=False)
-    example = bench.example_of("1 image", networks["0.9"])
-    forms, _ = bench.forms_of("1 image", bench.RANDOM, networks, example, arguments)
-    compiled = [form for _, form in forms if "compiled" in form]
-    assert compiled == [
-        "compiled fp32 channels_last", "compiled bf16 channels_last", "sparse compiled"
-    ]  # fmt: skip
-    assert not bench.is_dense("sparse compiled")
 
 
 def test_memory_is_that_of_a_process_of_its_own(bench):

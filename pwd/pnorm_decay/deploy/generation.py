@@ -68,7 +68,7 @@ def generate(
     is as long as the network's context, the later half of it is read again from position 0.
 
     Args:
-        model: in eval mode, whole or from `sparse_inference`.
+        model: in eval mode, whole (also from `torch.compile`) or from `sparse_inference`.
         prompt: int64 (tokens,), at least one; of a long one, the last `model.block_size` are read.
         count: how many tokens follow.
         temperature: what the logits are divided by; at 0, the likeliest token is taken.
@@ -82,7 +82,7 @@ def generate(
             `temperature` no number.
         ValueError: the prompt is empty, holds no token of the model's, or a number is negative.
     """
-    if not isinstance(model, GPT):
+    if not isinstance(getattr(model, "_orig_mod", model), GPT):  # torch.compile's is wrapped
         raise TypeError(f"generate writes with a GPT, not with a {type(model).__name__}")
     if not isinstance(prompt, Tensor) or prompt.dtype not in WHOLE:
         kind = prompt.dtype if isinstance(prompt, Tensor) else type(prompt).__name__
