@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from data.made_up import CPU, loaded, raw
-from pnorm_decay.data import CIFAR10, Dataset, Digits, augment, base
+from pnorm_decay.data import CIFAR10, DataError, Dataset, Digits, augment, base
 from pnorm_decay.data.images import Epoch
 
 
@@ -43,6 +43,12 @@ def test_digits_are_scikit_learns() -> None:
     levels = raw(dataset, torch.cat(images)).double() * 16 / 255
     assert np.array_equal(levels.round()[:, 0].numpy(), bundle.images[-360:])
     assert int(raw(dataset, torch.cat(images)).max()) == 255
+
+
+def test_without_scikit_learn_there_are_no_digits(monkeypatch) -> None:
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(DataError, match="scikit-learn, whose package holds the digits"):
+        Digits().setup(CPU)
 
 
 def test_training_part_is_normalised(digits: Digits) -> None:

@@ -1,5 +1,6 @@
 """Images on the device as one uint8 tensor, augmented there; scikit-learn's digits."""
 
+import importlib.util
 from abc import abstractmethod
 from collections.abc import Hashable, Iterator
 from pathlib import Path
@@ -10,7 +11,14 @@ import torch
 from torch import Tensor
 
 from pnorm_decay.data import augment
-from pnorm_decay.data.base import Dataset, check_batch_size, keep_latest, random_stream, to_device
+from pnorm_decay.data.base import (
+    DataError,
+    Dataset,
+    check_batch_size,
+    keep_latest,
+    random_stream,
+    to_device,
+)
 from pnorm_decay.data.cache import Images
 
 ORDER, AUGMENTATION = 0, 1  # this module's purposes for random_stream
@@ -172,11 +180,14 @@ class Digits(ImageDataset):
         return "digits"
 
     def _load(self) -> Images:
-        from sklearn.datasets import load_digits  # takes a second to import
-
-        images, labels = load_digits(return_X_y=True)
+        # The file of sklearn.datasets.load_digits, because importing that takes over a second.
+        package = importlib.util.find_spec("sklearn")
+        if package is None or not package.submodule_search_locations:
+            raise DataError("scikit-learn, whose package holds the digits, is not installed")
+        folder = Path(package.submodule_search_locations[0])
+        table = np.loadtxt(folder / "datasets" / "data" / "digits.csv.gz", delimiter=",")
         # 17 levels of grey, 0 to 16, spread over 0 to 255.
-        pixels = np.rint(images * (255 / 16)).astype(np.uint8).reshape(-1, 1, 8, 8)
+        pixels = np.rint(table[:, :-1] * (255 / 16)).astype(np.uint8).reshape(-1, 1, 8, 8)
+        labels = table[:, -1].astype(np.int64)
         split = len(labels) - self.VALIDATION_IMAGES
-        labels = labels.astype(np.int64)
         return Images.from_arrays(pixels[:split], labels[:split], pixels[split:], labels[split:])

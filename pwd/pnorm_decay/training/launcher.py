@@ -121,7 +121,8 @@ class Worker:
 
     def __init__(self) -> None:
         context = multiprocessing.get_context("forkserver")
-        context.set_forkserver_preload([__name__])
+        # The second is imported by the first optimizer of any process, which takes a second.
+        context.set_forkserver_preload([__name__, "torch._dynamo"])
         self.connection, its_end = context.Pipe()
         self.process = context.Process(target=_work, args=(its_end,))
         resource_tracker.ensure_running()  # first, because its start lets the signals through

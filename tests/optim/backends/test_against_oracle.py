@@ -54,12 +54,18 @@ def gradients_of(step: int) -> list[torch.Tensor]:
 
 
 def expected_weights(rule: str, options: dict[str, Any]) -> list[Array]:
-    """What the oracle makes of the parameters."""
-    oracles = [Oracle(array(param), rule, options) for param in make_parameters(torch.float64)]
+    """What the oracle makes of the parameters, all as one vector: no weight knows another."""
+    params = make_parameters(torch.float64)
+    oracle = Oracle(as_vector(params), rule, options)
     for step in range(STEPS):
-        for oracle, grad in zip(oracles, gradients_of(step), strict=True):
-            oracle.step(array(grad))
-    return [oracle.w for oracle in oracles]
+        oracle.step(as_vector(gradients_of(step)))
+    ends = np.cumsum([param.numel() for param in params])[:-1]
+    parts = zip(np.split(oracle.w, ends), params, strict=True)
+    return [part.reshape(param.shape) for part, param in parts]
+
+
+def as_vector(tensors: list[Any]) -> Array:
+    return np.concatenate([array(tensor).ravel() for tensor in tensors])
 
 
 @pytest.mark.parametrize("p", EXPONENTS)
