@@ -38,13 +38,21 @@ console = Console(highlight=False)
 
 
 def shipped_networks(results: Path) -> Iterator[tuple[str, Path, dict[str, Any]]]:
-    """(name, sparse file, config) of the networks in ``results/networks``."""
+    """(name, sparse file, config) of the networks in ``results/networks`` that are recorded."""
     for path in sorted((results / "networks").rglob("*.safetensors")):
         experiment = "/".join(path.parent.parts[-2:])
-        runs = records.read(results / f"{experiment}.csv").set_index("run_id", drop=False)
-        run = {str(column): value for column, value in runs.loc[path.stem].items()}
+        try:
+            runs = records.read(results / f"{experiment}.csv")
+            found = runs[runs["run_id"] == path.stem].to_dict("records")
+            if not found:
+                raise ConfigError(f"no recorded run has the id {path.stem}")
+            run = {str(column): value for column, value in found[0].items()}
+            config = settings_of(experiment, run).config
+        except (ConfigError, records.RecordError) as error:
+            console.print(f"{path} is left out: {error}")
+            continue
         name = f"{experiment} {run['method']} p={run['p']:g} {100 * run['sparsity']:.0f} %"
-        yield f"{name} {path.stem}", path, settings_of(experiment, run).config
+        yield f"{name} {path.stem}", path, config
 
 
 def load(network: Path, config: dict[str, Any], batch_size: int) -> tuple[nn.Module, Tensor]:

@@ -329,11 +329,14 @@ def trained_network(path: Path) -> nn.Module:
     if path.is_dir():
         return load_run(path)[0]
     state = load_sparse(path)
-    if "token_embedding.weight" in state:
-        return GPT.from_state_dict(state).eval()
-    width, channels = state["conv1.weight"].shape[:2]
-    network = ResNet18(len(state["head.weight"]), channels, width)
-    network.load_state_dict(state)
+    try:
+        if "token_embedding.weight" in state:
+            return GPT.from_state_dict(state).eval()
+        width, channels = state["conv1.weight"].shape[:2]
+        network = ResNet18(len(state["head.weight"]), channels, width)
+        network.load_state_dict(state)
+    except (KeyError, ValueError, RuntimeError) as error:
+        raise ConfigError(f"{path} holds neither a GPT nor a ResNet18") from error
     return network.eval()
 
 

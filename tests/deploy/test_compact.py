@@ -623,8 +623,74 @@ def test_outputs_that_cannot_be_looked_into_are_an_error(wrap):
             logits = self.layers(x)
             return wrap(logits=logits)
 
-    with pytest.raises(CompactError, match="Wrapping puts out a"):
+    with pytest.raises(CompactError, match="Wrapping puts out no tensor"):
         compact(Wrapping(), torch.randn(2, 4))
+
+
+def test_what_stands_beside_the_tensors_of_an_output_does_not_matter():
+    class Caching(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layers = mlp(4, 8, 2)
+            with torch.no_grad():
+                self.layers[0].weight[:3] = 0
+
+        def forward(self, x):
+            return {"logits": self.layers(x), "cache": SimpleNamespace(), "device": x.device}
+
+    model, x = Caching(), torch.randn(2, 4)
+    small = compact(model, x)
+    assert small.layers[0].out_features == 5
+    torch.testing.assert_close(small(x)["logits"], model(x)["logits"])
+
+
+def as_buffers(model: nn.Module) -> nn.Module:
+    """A model whose parameters are frozen: they are buffers."""
+    for module in model.modules():
+        for name, parameter in list(module.named_parameters(recurse=False)):
+            delattr(module, name)
+            module.register_buffer(name, parameter.detach())
+    return model
+
+
+def test_constants_are_folded_into_frozen_layers_too():
+    model, x = mlp(4, 8, 2), torch.randn(5, 4)
+    with torch.no_grad():
+        model[0].weight[:4], model[0].bias[:4] = 0, 3
+    small = compact(as_buffers(model), x)
+    assert small[0].out_features == 4
+    torch.testing.assert_close(small(x), model(x))
+
+
+def test_a_buffer_may_be_expanded_and_what_is_put_out_may_depend_on_one():
+    class Centred(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layers = mlp(4, 8, 2)
+            self.register_buffer("mean", torch.zeros(1).expand(4))
+            self.register_buffer("calls", torch.zeros(()))
+            with torch.no_grad():
+                self.layers[0].weight[:3] = 0
+
+        def forward(self, x):
+            self.calls += 1
+            return self.layers(x - self.mean) * self.calls
+
+    small = compact(Centred(), torch.randn(2, 4))
+    assert small.layers[0].out_features == 5
+    assert small.calls == 0
+
+
+def test_a_view_of_a_weight_is_not_computed():
+    class Product(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.weight = nn.Parameter(torch.randn(3, 4))
+
+        def forward(self, x):
+            return x @ self.weight.T + x @ self.weight.permute(1, 0)
+
+    assert "computed" not in str(compact(Product(), torch.randn(2, 4)).compaction)
 
 
 def test_constants_are_not_folded_through_a_sum_over_a_size():

@@ -183,6 +183,7 @@ def test_what_writes_is_never_wrapped_in_bf16(monkeypatch):
         ([1], {"count": -1}, "count -1"),
         ([1], {"temperature": -0.5}, "temperature -0.5"),
         ([1], {"temperature": float("nan")}, "temperature nan"),
+        ([1], {"temperature": float("inf")}, "temperature inf"),
     ],
 )
 def test_bad_inputs(prompt, options, message):
@@ -194,7 +195,8 @@ def test_bad_inputs(prompt, options, message):
 @pytest.mark.parametrize(
     ("prompt", "options"),
     [([1, 2], {}), (torch.tensor([1.0]), {}), (torch.tensor([True]), {}), ("ROMEO", {}),
-     (torch.tensor([1]), {"count": 2.5}), (torch.tensor([1]), {"temperature": None})],
+     (torch.tensor([1]), {"count": 2.5}), (torch.tensor([1]), {"temperature": None}),
+     (torch.tensor([1]), {"temperature": "1"})],
 )  # fmt: skip
 def test_what_is_no_number_is_refused_at_the_call(prompt, options):
     with pytest.raises(TypeError):

@@ -19,6 +19,7 @@ from torch.nn.utils import prune
 
 from pnorm_decay.compiler import shared_library
 from pnorm_decay.deploy import inference, sparse_inference
+from pnorm_decay.deploy.copies import restore_buffers
 from pnorm_decay.deploy.inference import SparseConv2d, SparseLinear
 from pnorm_decay.models.gpt import GPT
 from pnorm_decay.models.resnet import ResNet18
@@ -457,6 +458,31 @@ def test_the_example_and_the_state_of_the_model_stay():
     assert model.calls == fast.calls == 0
     with torch.no_grad():
         torch.testing.assert_close(fast(before.clone()), model(before.clone()))
+
+
+def test_its_state_stays_without_a_compiler_and_in_bf16_too(monkeypatch):
+    model = Preparing()
+    tried = copy.deepcopy(model).bfloat16()
+    tried.calls += 3
+    restore_buffers(tried, model)
+    assert tried.calls == 0
+    monkeypatch.setattr(inference, "_library", lambda: None)
+    assert sparse_inference(model, torch.rand(2, 256)).calls == 0
+
+
+def test_a_buffer_may_be_expanded():
+    class Centred(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.linear = sparsened(nn.Linear(64, 64), 0.9)
+            self.register_buffer("mean", torch.zeros(1).expand(64))
+
+        def forward(self, x):
+            return self.linear(x - self.mean)
+
+    model, x = Centred(), torch.randn(1, 64)
+    with torch.no_grad():
+        torch.testing.assert_close(sparse_inference(model, x)(x), model(x))
 
 
 def test_hooks_go_on_where_batch_norms_would_be_folded():

@@ -74,6 +74,19 @@ def test_sparse_files_are_networks(bench, monkeypatch, tmp_path):
     assert {"sparse", "compact", "compact sparse"} <= {form for _, _, form in forms}
 
 
+def test_a_sparse_file_of_another_model_is_one_line(bench, monkeypatch, tmp_path, capsys):
+    save_sparse(torch.nn.Linear(3, 2), tmp_path / "other.safetensors")
+    with pytest.raises(SystemExit):
+        run(
+            bench,
+            monkeypatch,
+            tmp_path / "x.csv",
+            "--networks",
+            str(tmp_path / "other.safetensors"),
+        )
+    assert "other.safetensors holds neither a GPT nor a ResNet18" in capsys.readouterr().out
+
+
 def test_memory_is_that_of_a_process_of_its_own(bench):
     small, large = (
         bench.peak_megabytes(

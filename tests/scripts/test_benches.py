@@ -109,6 +109,7 @@ def test_what_compaction_leaves_of_a_run_and_of_what_is_shipped(
     shipped = results / "networks" / scale / name / f"{record['run_id']}.safetensors"
     shipped.parent.mkdir(parents=True)
     save_sparse(torch.load(network, weights_only=True), shipped)
+    (shipped.parent / "unknown.safetensors").write_bytes(b"")
     bench = load("bench_compact")
     output = tmp_path / "compact.csv"
     arguments = ["--runs", str(sparse_run), "--results", str(results), "--batch-sizes", "2"]
@@ -120,12 +121,14 @@ def test_what_compaction_leaves_of_a_run_and_of_what_is_shipped(
     assert row["network"] == f"demo/resnet_digits pwd p=0.8 60 % {record['run_id']}"
     same = ["sparsity", "parameters", "parameters_left", "multiply_adds", "multiply_adds_left"]
     assert [row[column] for column in same] == [of_run[column] for column in same]
+    said = capfd.readouterr().out
+    assert "is left out: no recorded run has the id unknown" in " ".join(said.split())
+    assert "What compact leaves" in said
     assert 0.3 < row["parameters_left"] < 0.9
     assert 0.3 < row["multiply_adds_left"] < 0.9
     assert row["speedup"] == pytest.approx(
         row["milliseconds"] / row["compact_milliseconds"], rel=0.1
     )
-    assert "What compact leaves" in capfd.readouterr().out
 
 
 def test_no_sparse_network_to_compact(load, monkeypatch, tmp_path, capsys):

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from dataclasses import dataclass
 
 import pytest
@@ -49,3 +51,15 @@ def test_a_recorded_config_with_an_older_name_is_understood(settings):
     older = settings.config
     older["pruning"]["_target_"] = "pnorm_decay.baselines.Pruning"
     assert Settings.from_config(older) == settings
+
+
+def test_a_run_does_without_what_takes_long_to_import():
+    code = """
+import sys
+import pnorm_decay.training.launcher
+from pnorm_decay.data import Digits
+Digits()._load()
+print(sorted({"pandas", "sklearn", "matplotlib", "wandb"} & sys.modules.keys()))
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.stdout == "[]\n", done.stderr

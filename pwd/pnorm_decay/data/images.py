@@ -182,10 +182,11 @@ class Digits(ImageDataset):
     def _load(self) -> Images:
         # The file of sklearn.datasets.load_digits, because importing that takes over a second.
         package = importlib.util.find_spec("sklearn")
-        if package is None or not package.submodule_search_locations:
+        folders = package.submodule_search_locations if package is not None else None
+        files = [Path(folder) / "datasets" / "data" / "digits.csv.gz" for folder in folders or ()]
+        if not any(file.exists() for file in files):
             raise DataError("scikit-learn, whose package holds the digits, is not installed")
-        folder = Path(package.submodule_search_locations[0])
-        table = np.loadtxt(folder / "datasets" / "data" / "digits.csv.gz", delimiter=",")
+        table = np.loadtxt(next(filter(Path.exists, files)), delimiter=",")
         # 17 levels of grey, 0 to 16, spread over 0 to 255.
         pixels = np.rint(table[:, :-1] * (255 / 16)).astype(np.uint8).reshape(-1, 1, 8, 8)
         labels = table[:, -1].astype(np.int64)

@@ -106,9 +106,9 @@ def compact(model: nn.Module, example: Tensor) -> nn.Module:
     Raises:
         TypeError: `model` is no module.
         ValueError: the model cannot be copied.
-        CompactError: the model does not take the example, puts out something else than tensors and
-            numbers, is random, or its outputs would change; the layer is named where it is known.
-            The model is as it was in any case.
+        CompactError: the model does not take the example, puts out no tensor (in tuples, lists,
+            dictionaries or what else torch.utils._pytree knows), is random, or its outputs would
+            change; the layer is named where it is known. The model is as it was in any case.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"compact takes a module, not a {type(model).__name__}")
@@ -116,7 +116,7 @@ def compact(model: nn.Module, example: Tensor) -> nn.Module:
     # Code may count on a number of channels: then what goes through such code stays.
     for strictness in (0, 1, 2):
         small = copied(model)
-        compaction = _compact(small, example, strictness)
+        compaction = _compact(small, example, strictness, model)
         try:
             difference = _difference(expected, _outputs(copied(small), example))
         except CompactError:
@@ -137,7 +137,6 @@ def compact(model: nn.Module, example: Tensor) -> nn.Module:
             f"outputs that differ by {difference:.1e} of the largest: how its layers are connected "
             "was not understood"
         )
-    restore_buffers(small, model)
     small.compaction = compaction  # type: ignore[assignment]
     logger.log(logging.INFO if compaction.layers else logging.WARNING, "%s", compaction)
     return small
@@ -210,14 +209,8 @@ def _run(model: nn.Module, example: Tensor, run: Callable[[Tensor], Any]) -> lis
     finally:
         for handle in handles:
             handle.remove()
-    leaves = [leaf for leaf in tree_leaves(outputs) if leaf is not None]
-    for leaf in leaves:
-        if not isinstance(leaf, Tensor | int | float | complex | str):
-            raise CompactError(
-                f"{type(model).__name__} puts out a {type(leaf).__name__}, and only tensors and "
-                "numbers can be compared, in tuples, lists and dictionaries too"
-            )
-    return [torch.as_tensor(leaf) for leaf in leaves if not isinstance(leaf, str)]
+    numbers = (Tensor, int, float, complex)
+    return [torch.as_tensor(leaf) for leaf in tree_leaves(outputs) if isinstance(leaf, numbers)]
 
 
 def _outputs(model: nn.Module, example: Tensor) -> list[Tensor]:
@@ -228,7 +221,13 @@ def _outputs(model: nn.Module, example: Tensor) -> list[Tensor]:
     if example.is_cuda or dtypes & {torch.float16, torch.bfloat16}:
         model = copy.deepcopy(model).to(wider)
         example = example.to(wider) if example.is_floating_point() else example
-    return _run(model, example, model)
+    outputs = _run(model, example, model)
+    if not outputs:
+        raise CompactError(
+            f"{type(model).__name__} puts out no tensor: wrap it in a module that returns its "
+            "outputs as tensors, alone or in a tuple, list or dictionary"
+        )
+    return outputs
 
 
 def _check_example(example: Any) -> None:
@@ -270,9 +269,10 @@ def _difference(expected: list[Tensor], outputs: list[Tensor]) -> float:
 # ---------------------------------------------------------------------------- removing
 
 
-def _compact(model: nn.Module, example: Tensor, strictness: int) -> Compaction:
-    """Takes the units out of the model itself."""
+def _compact(model: nn.Module, example: Tensor, strictness: int, original: nn.Module) -> Compaction:
+    """Takes the units out of the model itself, a copy of the original, which has not run."""
     trace = _trace(model, example, strictness)
+    restore_buffers(model, original)
     roots = trace.roots()
     needed = _needed(trace, roots)[roots]
     names = {id(t): n for n, t in [*model.named_parameters(), *model.named_buffers()]}

@@ -36,9 +36,11 @@ def fresh(inputs: Any) -> Any:
 
 @torch.no_grad()
 def restore_buffers(tried: nn.Module, model: nn.Module) -> None:
-    """Gives the buffers of a copy that has run, such as counters, the numbers of the model's."""
+    """Gives buffers that runs of a copy have changed, such as counters, the model's numbers."""
     theirs = dict(model.named_buffers())
     for name, buffer in tried.named_buffers():
         own = theirs.get(name)
-        if own is not None and (own.shape, own.dtype) == (buffer.shape, buffer.dtype):
-            buffer.copy_(own)
+        if own is not None and own.shape == buffer.shape:
+            was = own.to(buffer)
+            if not torch.equal(was, buffer):
+                buffer.data = was.clone()  # in the place of memory that may be shared

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import math
+import numbers
 import operator
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -80,7 +81,8 @@ def generate(
     Raises:
         TypeError: the model is no `GPT`, the prompt no tensor of whole numbers, or `count` or
             `temperature` no number.
-        ValueError: the prompt is empty, holds no token of the model's, or a number is negative.
+        ValueError: the prompt is empty or holds no token of the model's, or a number is negative,
+            infinite or NaN.
     """
     if not isinstance(getattr(model, "_orig_mod", model), GPT):  # torch.compile's is wrapped
         raise TypeError(f"generate writes with a GPT, not with a {type(model).__name__}")
@@ -92,7 +94,10 @@ def generate(
     if prompt.ndim != 1 or not text or not 0 <= min(text) <= max(text) < vocabulary:
         raise ValueError(f"A prompt is a vector of one or more tokens below {vocabulary}")
     count = operator.index(count)
-    if count < 0 or not 0 <= float(temperature) < math.inf:
+    if not isinstance(temperature, numbers.Real | Tensor):
+        raise TypeError(f"temperature must be a number, not a {type(temperature).__name__}")
+    temperature = float(temperature)
+    if count < 0 or not 0 <= temperature < math.inf:
         raise ValueError(f"count {count} and temperature {temperature} must be 0 or more, finite")
     return _tokens(model, text, count, temperature, generator)
 
@@ -117,7 +122,8 @@ def _tokens(
             # The largest of logits with Gumbel noise is a draw from their softmax.
             if n % DRAWS == 0:
                 noise.exponential_(generator=generator).log_()
-            below = (logits - logits.max()).double().cpu()  # 0 / temperature is no infinity
+            logits = logits.double().cpu()
+            below = logits - logits.max()  # of which the largest, 0, never becomes infinity
             logits = below / temperature - noise[n % DRAWS]
         text.append(int(logits.argmax()))
         yield text[-1]

@@ -38,6 +38,7 @@ __all__ = ["SparseConv2d", "SparseLinear", "sparse_inference"]
 SOURCE = Path(__file__).with_name("sparse.c")
 FEWEST_ZEROS = 0.4  # a layer with a smaller share of zeros is not tried
 LANES = 16  # as in sparse.c
+GAP = LANES * LANES  # behind the copy of the input: as far as sums of WIDEST may read
 MOST_COLUMNS = 1 << 16  # of a Matrix: its places have 16 bits
 CHUNK = 128  # tokens done at a time
 PART = 1 << 18  # elements of a part of the input, to stay in the cache: 1 MiB
@@ -135,7 +136,8 @@ class _Sparse(nn.Module):
 
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
         super()._load_from_state_dict(*args, **kwargs)
-        _PLANS.pop(self.values, None)  # in inference mode no version tells of it
+        # In inference mode tensors count no versions, by which `_plan` would see the change.
+        _PLANS.pop(self.values, None)
 
     def extra_repr(self) -> str:
         return f"{self.shape}, {len(self.values)} weights"
@@ -306,13 +308,13 @@ def _products(x: Tensor, nonzeros: Nonzeros, bias: Tensor | None, out: Tensor) -
     chunk = min(tokens, CHUNK, _up(share))
     sizes = (tokens, columns, 1, 1), (columns, 1, 1, 1), (rows, 1, 1), (rows, 1, 1, 1)
     geometry = Geometry(*chain(*sizes), 1, 1, 0, 0, 1, 1, 1, 1, chunk, 1, True)
-    geometry.scratch = _up(columns * chunk) + LANES * LANES + LANES * _up(chunk)
+    geometry.scratch = _up(columns * chunk) + GAP + LANES * _up(chunk)
     weights = _plan(nonzeros, "places", lambda: _placed(nonzeros, nonzeros.places))
     return _convolve(geometry, weights, nonzeros.ends, bias, x, None, out, False)
 
 
 def _up(count: int) -> int:
-    """In whole vectors."""
+    """Rounded up to a multiple of LANES."""
     return -(-count // LANES) * LANES
 
 
@@ -398,7 +400,7 @@ def _geometry(x: Tensor, out: Tensor, shape: Sequence[int], settings: Settings) 
     strides = (x.stride(0) if len(x) > 1 else 1, *x.stride()[1:])
     sizes = x.shape, strides, out.shape[1:], out.stride(), settings.stride, settings.padding
     copied = row * (band + extra[0])
-    scratch = _up(copied) + LANES * LANES + band * _up(out.shape[3] * chunk)
+    scratch = _up(copied) + GAP + band * _up(out.shape[3] * chunk)
     rest = *phases, band + extra[0], columns, chunk, band, False, scratch
     return Geometry(*chain(*sizes), *rest)
 
@@ -499,7 +501,8 @@ class InParts(nn.Module):
     """A module that reads a batch 16 items at a time, so that what lies between stays in the cache.
 
     Args:
-        module: from one tensor to one tensor, items first, where no item matters to another.
+        module: from one tensor to one tensor, items first, where no item matters to another. It
+            gets whole whatever is not one tensor without a name.
     """
 
     def __init__(self, module: nn.Module) -> None:
@@ -569,6 +572,7 @@ def sparse_inference(
         except Exception as error:  # of any kind, for whatever the model does
             reason = f"{type(error).__name__}: {' '.join(str(error).split())}"
             raise ValueError(f"The model does not take the example: {reason}") from error
+        restore_buffers(given, model)
         if _library() is None:
             return given
         base = _folded(given, args, expected)
@@ -579,7 +583,6 @@ def sparse_inference(
                 "for those with hooks, such as masks of torch.nn.utils.prune, NaN or infinity).",
                 stacklevel=2,
             )
-            restore_buffers(given, model)
             return given
         forms = {"dense": given} | _sparse_forms(base, candidates, args, expected, allow_bf16)
         # `generate` reads the GPT itself, not what wraps it in bf16.

@@ -68,12 +68,12 @@ static Block *const blocks[5][3] = { /* by the logarithms of WIDE and HIGH */
   {block_1_1, block_2_1, block_4_1}, {block_1_2, block_2_2, block_4_2},
   {block_1_4, block_2_4, block_4_4}, {block_1_8, block_2_8, 0}, {block_1_16, 0, 0}};
 
-/* One output channel: any number of rows of any number of LANES. */
+/* One output channel: any number of rows of any number of groups of LANES. */
 static void channel(const Weight *w, const Weight *end, float bias, const float *in, integer scale,
-                    integer pitch, float *out, integer out_pitch, integer rows, integer lanes) {
-  int wide = WIDEST == 16 ? 4 : WIDEST == 4 ? 2 : 1, high;
-  for (integer c = 0; c < lanes; c += 1 << wide) {
-    while (1 << wide > lanes - c) wide--;
+                    integer pitch, float *out, integer out_pitch, integer rows, integer groups) {
+  int wide = 4, high; /* logarithms */
+  for (integer c = 0; c < groups; c += 1 << wide) {
+    while (1 << wide > least(WIDEST, groups - c)) wide--;
     for (integer r = 0; r < rows; r += 1 << high) {
       for (high = 2; 1 << high > rows - r || 1 << (high + wide) > WIDEST; high--);
       blocks[wide][high](w, end, bias, in + r * pitch + c * LANES, scale, pitch,
@@ -197,13 +197,13 @@ int convolve(const Geometry *g, const Weight *weights, const integer *ends, cons
     integer y = task / parts % bands * g->band;
     integer chunk = least(g->chunk, g->images - n);
     integer rows = least(g->band, g->out_height - y);
-    integer vectors = (g->out_width * chunk + LANES - 1) / LANES;
-    integer pitch = g->column_phases * g->columns * chunk, out_pitch = vectors * LANES;
+    integer groups = (g->out_width * chunk + LANES - 1) / LANES;
+    integer pitch = g->column_phases * g->columns * chunk, out_pitch = groups * LANES;
     float *mine = memory, *sums;
 #ifdef _OPENMP
     mine += omp_get_thread_num() * g->scratch;
 #endif
-    sums = mine + g->channels * g->row_phases * g->rows * pitch + WIDEST * LANES;
+    sums = mine + g->channels * g->row_phases * g->rows * pitch + LANES * LANES; /* GAP */
     bad |= g->is_linear
                ? transpose(in + n * g->of_image, g->of_image, chunk, g->channels, mine, chunk)
                : copy(g, in, n, chunk, y, rows, mine);
@@ -213,7 +213,7 @@ int convolve(const Geometry *g, const Weight *weights, const integer *ends, cons
       const float *added = residual ? residual + (to - out) : 0;
       integer place = g->is_linear ? (o - first) % LANES : 0; /* several are written together */
       channel(weights + (o ? ends[o - 1] : 0), weights + ends[o], bias ? bias[o] : 0, mine, chunk,
-              pitch, sums + place * out_pitch, out_pitch, rows, vectors);
+              pitch, sums + place * out_pitch, out_pitch, rows, groups);
       if (g->is_linear) {
         if (place == LANES - 1 || o == last - 1)
           transpose(sums, out_pitch, place + 1, chunk, to - place, g->to_image);

@@ -228,8 +228,8 @@ class Trace(TorchDispatchMode):
             weight, turned = self._transposed.get(tensors[0], (tensors[0], False))
             self._transposed[out] = weight, turned ^ (name not in ("detach", "alias"))
         elif not self._layer_of(name, args, kwargs or {}, out):
-            if name in ("t", "transpose") and id(tensors[0]) in self._names:
-                self._parts[out] = True
+            if name in MOVES and any(id(t) in self._names or t in self._parts for t in tensors):
+                self._parts.update((t, True) for t in tree_leaves(out) if isinstance(t, Tensor))
             self._freeze(tensors, name)
             if any(self._is_followed(tensor) for tensor in tensors):
                 self._left |= name == "_local_scalar_dense"
@@ -458,7 +458,8 @@ class Trace(TorchDispatchMode):
             labels, constant = labels.squeeze(reduced), constant.squeeze(reduced)
         if any(a not in (1, b) for a, b in zip(labels.shape, out.shape, strict=True)):
             return False
-        if name == "sum":  # of how many numbers, the size decides
+        # The sum of a constant over pixels depends on their number; only zeros stay zeros.
+        if name == "sum":
             constant = constant & (out == 0).cpu()
         self._note(out, labels, constant)
         return True
