@@ -9,7 +9,6 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.optimizer import ParamsT
 
-from pnorm_decay.decay import shrink_factor
 from pnorm_decay.optim import backends, op
 from pnorm_decay.optim.guards import (
     refuse_capture,
@@ -22,7 +21,7 @@ from pnorm_decay.optim.guards import (
 from pnorm_decay.optim.layout import Slot, check_shapes, local_part, suits_fused
 from pnorm_decay.optim.options import Group, check, decays
 from pnorm_decay.optim.rules import Rule, count, keeps_tensors
-from pnorm_decay.optim.shrink import Delayed, shrink_of
+from pnorm_decay.optim.shrink import shrink_of
 
 __all__ = ["PNormDecayOptimizer"]
 
@@ -179,15 +178,9 @@ class PNormDecayOptimizer(Optimizer):
         shrink = shrink_of(group, alpha)
         states = [self.state[param] for param in params]
         first = [self.rule.complete(s, p, group) for s, p in zip(states, params, strict=True)]
-        names = self.rule.names(group)
-        if isinstance(shrink, Delayed):
-            names = (*names, "auxiliary")
-            for param, state in zip(params, states, strict=True):
-                if "auxiliary" not in state:
-                    state["auxiliary"] = torch.zeros_like(param)
-                    fresh = shrink_factor(local_part(param), group["p"], 1)
-                    local_part(state["auxiliary"]).copy_(fresh)
-        slots = self._slots(params, group, names)
+        for state, param in zip(states, params, strict=True):
+            shrink.complete(state, param)
+        slots = self._slots(params, group, (*self.rule.names(group), *shrink.names))
         steps = count(states, group) if self.rule.counts_steps(group) else [1] * len(params)
         for slot, step, is_first in zip(slots, steps, first, strict=True):
             slot.step, slot.is_first, slot.grad = step, is_first, slot.grad.resolve_neg()

@@ -14,13 +14,13 @@ The denominator `1 + alpha (lambda_p s + weight_decay)` is written as `(1 + step
 """
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
 from pnorm_decay.decay import NEARLY_1, proximal_factor, shrink_factor
-from pnorm_decay.optim.layout import Slot, flush_subnormal, widened
+from pnorm_decay.optim.layout import Slot, flush_subnormal, local_part, widened
 from pnorm_decay.optim.options import Group, Number
 
 __all__ = ["Delayed", "Exact", "Reweighted", "Shrink", "shrink_of"]
@@ -28,8 +28,13 @@ __all__ = ["Delayed", "Exact", "Reweighted", "Shrink", "shrink_of"]
 
 @dataclass
 class Shrink:
-    """The decay of one group in one step; `before` and `after` surround the weight's move."""
+    """The decay of one group in one step; `before` and `after` surround the weight's move.
 
+    Attributes:
+        names: of the entries that it keeps in each parameter's state.
+    """
+
+    names: ClassVar[tuple[str, ...]] = ()
     p: Any
     alpha: Number
     lambda_p: Number
@@ -39,6 +44,9 @@ class Shrink:
     def __post_init__(self) -> None:
         self.scale = 1 / (1 + self.alpha * self.weight_decay)
         self.step = self.alpha * self.lambda_p * self.scale
+
+    def complete(self, state: dict[str, Any], param: Tensor) -> None:
+        """Adds the entries of `names` that a parameter's state lacks."""
 
     def before(self, w: Tensor, slot: Slot | None) -> Tensor:
         """What has to be known of w before it moves; w is widened, the slot holds its state."""
@@ -68,6 +76,12 @@ class Delayed(Reweighted):
 
     every: int = 1
     beta: float = 0.0
+    names: ClassVar[tuple[str, ...]] = ("auxiliary",)
+
+    def complete(self, state: dict[str, Any], param: Tensor) -> None:
+        if "auxiliary" not in state:
+            state["auxiliary"] = torch.zeros_like(param)
+            local_part(state["auxiliary"]).copy_(shrink_factor(local_part(param), self.p, 1))
 
     def before(self, w: Tensor, slot: Slot | None) -> Tensor:
         assert slot is not None
