@@ -16,12 +16,15 @@ from multiprocessing.context import ForkProcess
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 
 from conftest import REPOSITORY
 from pnorm_decay.data import PydocTopics
 from pnorm_decay.training import checkpoint, errors
 from pnorm_decay.training.settings import ConfigError
+
+pytestmark = pytest.mark.first  # a compiled backward pass, for one, starts autograd's threads
 
 ARGUMENTS = [
     "experiment=demo/nanogpt_pydoc",

@@ -79,6 +79,10 @@ def command(experiment: str, row: Mapping[Any, Any]) -> str | None:
         group = "decay_schedule" if method.endswith("_target") else "pruning"
         words.append(f"{group}.sparsity={float(row['target_sparsity'])!r}")
     words.append(f"seed={row['seed']}")
+    # `precision: auto` stands for bf16 in a run's id; the demo experiments name fp32 themselves.
+    precision = str(row.get("device", "")).rpartition(", ")[2]
+    if precision in ("fp32", "fp16") and not experiment.startswith("demo/"):
+        words.append(f"trainer.precision={precision}")
     # A group may lack the key of a value; its choice has no dot.
     words += [f"++{word}" if "." in word.partition("=")[0] else word for word in apart]
     return " ".join(words)
