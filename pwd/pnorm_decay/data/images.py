@@ -184,9 +184,10 @@ class Digits(ImageDataset):
         package = importlib.util.find_spec("sklearn")
         folders = package.submodule_search_locations if package is not None else None
         files = [Path(folder) / "datasets" / "data" / "digits.csv.gz" for folder in folders or ()]
-        if not any(file.exists() for file in files):
+        file = next(filter(Path.exists, files), None)
+        if file is None:
             raise DataError("scikit-learn, whose package holds the digits, is not installed")
-        table = np.loadtxt(next(filter(Path.exists, files)), delimiter=",")
+        table = np.loadtxt(file, delimiter=",")
         # 17 levels of grey, 0 to 16, spread over 0 to 255.
         pixels = np.rint(table[:, :-1] * (255 / 16)).astype(np.uint8).reshape(-1, 1, 8, 8)
         labels = table[:, -1].astype(np.int64)

@@ -16,14 +16,14 @@ def copied(model: nn.Module) -> nn.Module:
     Raises:
         ValueError: it cannot be copied.
     """
-    computed = {
+    computed: dict[int, Any] = {
         id(value): value.detach().clone()
         for module in model.modules()
         for value in vars(module).values()
         if isinstance(value, Tensor) and not value.is_leaf
     }
     try:
-        return copy.deepcopy(model, dict(computed))
+        return copy.deepcopy(model, computed)
     except (RuntimeError, TypeError) as error:
         reason = " ".join(str(error).split())
         raise ValueError(f"{type(model).__name__} cannot be copied: {reason}") from error

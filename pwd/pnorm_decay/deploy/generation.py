@@ -18,6 +18,7 @@ from pnorm_decay.deploy.inference import (
     Nonzeros,
     SparseLinear,
     _library,
+    has_hooks,
     matrix_of,
     threads_for,
 )
@@ -145,9 +146,7 @@ def compiled_step(model: GPT, store: Tensor) -> Step | None:
     if not any(isinstance(layer, SparseLinear) for layer in model.modules()) or not _library():
         return None
     for module in model.modules():
-        if module._forward_pre_hooks or module._forward_hooks:
-            return None
-        if isinstance(module, nn.LayerNorm) and module.eps != NORM_EPS:
+        if has_hooks(module) or (isinstance(module, nn.LayerNorm) and module.eps != NORM_EPS):
             return None
     width, heads = model.token_embedding.embedding_dim, model.cache_shape[2]
     if not all(_has_known_form(_linears(block), width, heads) for block in model.blocks):

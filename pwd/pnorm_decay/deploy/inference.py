@@ -666,9 +666,8 @@ def _has_parts(layers: Mapping[str, nn.Module], args: tuple[Any, ...], expected:
 
 def _folded(model: nn.Module, args: tuple[Any, ...], expected: Any) -> nn.Module:
     """The model with batch norms folded into convolutions, itself where that cannot be done."""
-    if not any(isinstance(module, nn.Conv2d) for module in model.modules()) or any(
-        module._forward_pre_hooks or module._forward_hooks for module in model.modules()
-    ):
+    has_convolutions = any(isinstance(module, nn.Conv2d) for module in model.modules())
+    if not has_convolutions or any(map(has_hooks, model.modules())):
         return model
     try:
         folded = fuse(model).requires_grad_(False)
@@ -680,10 +679,14 @@ def _folded(model: nn.Module, args: tuple[Any, ...], expected: Any) -> nn.Module
     return folded
 
 
+def has_hooks(module: nn.Module) -> bool:
+    """Whether calling a module does more than its `forward`."""
+    return bool(module._forward_pre_hooks or module._forward_hooks)
+
+
 def _eligible(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     for name, layer in model.named_modules():
-        hooks = (layer._forward_pre_hooks, layer._forward_hooks)
-        if name and type(layer) in (nn.Linear, nn.Conv2d) and not any(hooks):
+        if name and type(layer) in (nn.Linear, nn.Conv2d) and not has_hooks(layer):
             weight = layer.weight
             zeros = 1 - int(weight.count_nonzero()) / max(weight.numel(), 1)
             # NaN times the zeros of the padding is NaN; what torch's convolution does is its own.
