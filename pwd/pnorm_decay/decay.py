@@ -14,7 +14,14 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-__all__ = ["auxiliary", "penalty", "proximal_factor", "proximal_fit", "shrink_factor"]
+__all__ = [
+    "auxiliary",
+    "penalty",
+    "proximal_factor",
+    "proximal_fit",
+    "proximal_table",
+    "shrink_factor",
+]
 
 NEWTON_STEPS = 10  # to the last bit of float64, but for p within 1e-3 of 1
 NEARLY_1 = 1e-6  # p that are nearer to 1 are 1: their differences would be lost in float32
@@ -205,6 +212,32 @@ def proximal_fit(p: float, degree: int = 10) -> ProximalFit:
     coefficients = torch.linalg.solve(nodes[:, None] ** order, values)
     slope = 2 / (high - low)
     return ProximalFit(limit, branch, slope, -1 - slope * low, tuple(coefficients.tolist()))
+
+
+@lru_cache(64)
+def proximal_table(p: float) -> Tensor:
+    """The h of `proximal_factor` for one `p < 1` as a table, for code that can look 16 up at once.
+
+    With `u = |v| / threshold`, which is 1 at the limit's r and u0 at the branch's, h is smooth in
+    `z = sqrt(u - u0)`. For each exponent and first bit of the mantissa of z as a float32, from
+    `2^-4` to `2^12`, h is a polynomial in `mantissa - 1.5`.
+
+    Returns:
+        Its coefficients, float32 of shape (7, 32) from the constant one on. Where z lies is the
+        column: the last five of the bits that the exponent and the first bit are.
+    """
+    limit, branch = survival_limit(p)
+    order = torch.arange(7, dtype=torch.float64, device="cpu")
+    places = torch.arange(2 * -4, 2 * 12, device="cpu")[:, None]  # two for each power of 2
+    nodes = torch.cos(torch.pi * (order + 0.5) / len(order))  # Chebyshev's
+    mantissa = 1 + (places % 2) / 2 + (nodes + 1) / 4
+    u = (mantissa * 2.0 ** (places // 2)) ** 2 + (limit / branch) ** (1 / (2 - p))
+    r = limit * u ** (p - 2)
+    h = torch.ones_like(r)
+    for _ in range(50):  # Newton's method from above, for a convex function
+        h -= (h + r * h ** (p - 1) - 1) / (1 + (p - 1) * r * h ** (p - 2))
+    coefficients = torch.linalg.solve((mantissa[:, :, None] - 1.5) ** order, h)
+    return coefficients.T.roll((2 * (127 - 4)) % 32, 1).float().contiguous()
 
 
 def _check_p(p: float | Tensor) -> None:

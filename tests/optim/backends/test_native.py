@@ -1,6 +1,7 @@
 """Building the fused step: the cache, what happens without a compiler, and the CUDA source."""
 
 import contextlib
+import math
 import multiprocessing
 import os
 import re
@@ -14,10 +15,16 @@ from typing import Any
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from torch.nn import Parameter
 
 from pnorm_decay import AdamPWD, compiler
+from pnorm_decay.decay import proximal_factor, survival_limit
 from pnorm_decay.optim.backends import native
+from pnorm_decay.optim.layout import Slot
+from pnorm_decay.optim.rules import SGDRule
+from pnorm_decay.optim.shrink import Exact
 
 CPU = torch.device("cpu")
 
@@ -182,8 +189,8 @@ def test_the_cache_is_the_users_own(cache: Path) -> None:
         ("c.sign = o->maximize ? -1 : 1;", "c.sign = 1;"),
         ("case P_ONE: return x / (x + step);", "case P_ONE: return x / (x + 2 * step);"),
         (
-            "if (p == P_ONE) return r < 1 ? 1 - r : 0;",
-            "if (p == P_ONE) return r < 1 ? 1 - r / 2 : 0;",
+            "if (p == P_ONE) return x > step ? 1 - step / x : 0;",
+            "if (p == P_ONE) return x > step ? 1 - step / x / 2 : 0;",
         ),
     ],
 )
@@ -209,6 +216,33 @@ def test_processors_without_avx_512_compute_the_same(
         warnings.simplefilter("error")
         for dtype in native.STORAGE:  # which compares it with the reference
             assert native.kernel(CPU, dtype) is not None
+
+
+@given(
+    p=st.floats(0.01, 2) | st.sampled_from([0.5, 0.98, 1.0, 1.5]),
+    step=st.floats(-120, 30).map(lambda exponent: 2.0**exponent),
+    hold_zeros=st.booleans(),
+)
+def test_the_exact_step_of_weights_of_every_size(p: float, step: float, hold_zeros: bool) -> None:
+    before = torch.cat([torch.logspace(-38, 30, 4001), torch.tensor([0.0, -1.0, -math.inf])])
+    threshold = (step / survival_limit(p)[0]) ** (1 / (2 - p)) if p < 1 else step
+    near = (threshold * torch.linspace(0.99, 1.5, 1001, dtype=torch.float64)).float()
+    before = torch.cat([before, near, -near])
+    slot = Slot(before.clone(), torch.zeros_like(before), {})
+    group = {"momentum": 0, "dampening": 0, "nesterov": False, "maximize": False}
+    kernel = native.kernel(CPU, torch.float32)
+    assert kernel is not None
+    native.run([slot], SGDRule(), Exact(p, 1.0, step, hold_zeros=hold_zeros), group, kernel)
+    wide = before.double()
+    expected = wide * proximal_factor(wide, p, step)
+    decided = ((wide.abs() / threshold - 1).abs() > 1e-5) | (p > 1)
+    error = (slot.param.double() - expected).abs()[decided]
+    has_table = torch.backends.cpu.get_cpu_capability() == "AVX512"
+    # Elsewhere r is a power by its logarithm, which float32 knows to about 100 eps.
+    relative = 3e-7 if has_table and p < native.TABULATED_BELOW else 2e-5
+    allowed = (relative * wide.abs() + torch.finfo(torch.float32).tiny)[decided]
+    assert slot.param[wide == -math.inf].item() == -math.inf
+    assert (error <= allowed)[wide[decided].isfinite()].all()
 
 
 @pytest.mark.parametrize("words", ['gcc "', "  "])

@@ -77,6 +77,7 @@ typedef struct {
   double lr, beta1, beta2, eps; /* Adam's; SGD: beta1 is the momentum, beta2 the dampening */
   double p, lambda_p, weight_decay;
   double limit, branch, slope, offset, coefficients[COEFFICIENTS]; /* of decay.py's ProximalFit */
+  const float *table; /* of decay.py's proximal_table, or null */
   const float *device_lr, *device_p, *device_lambda_p; /* the value on a GPU, or null */
   integer rule;                 /* one of enum Rule */
   integer maximize, nesterov;   /* flags: the gradient's sign; SGD's look ahead */
@@ -89,8 +90,9 @@ enum Exponent { NO_DECAY, P_HALF, P_ONE, P_THREE_HALVES, P_TWO, P_ANY };
 /* What the element-wise loops need of Options, for one tensor at one step. */
 typedef struct {
   real sign, keep1, blend1, keep2, blend2, look_ahead, own, rate, root_scale, eps;
-  real scale, step, exponent, log_step, threshold, limit, per_branch, slope, offset;
+  real scale, step, exponent, log_step, threshold, meeting, limit, per_branch, slope, offset;
   real coefficients[COEFFICIENTS];
+  const float *table;
   int decay, exact, hold, polish; /* decay: an enum Exponent; polish: Newton steps after the fit */
 } Scalars;
 
@@ -129,8 +131,10 @@ INLINE Scalars prepare(const Options *o, const Tensor *t) {
   c.exponent = (real)(p < 1e30 ? p - 2 : 1e30); /* finite in float, so that 0 * it is 0 */
   c.decay = c.step == 0 ? NO_DECAY : exponent_of(p);
   c.limit = (real)o->limit;
-  /* The moved weight at r = limit, and a little less: near it, the fit decides. */
-  c.threshold = (real)(p < 1 && o->exact ? pow(step / o->limit, 1 / (2 - p)) * (1 - 1e-6) : 0);
+  /* The moved weights at r = limit, below which none survives, and at r = branch, of the first. */
+  c.threshold = (real)(p < 1 && o->exact ? pow(step / o->limit, 1 / (2 - p)) : 0);
+  c.meeting = (real)(p < 1 && o->exact ? pow(o->limit / o->branch, 1 / (2 - p)) : 0);
+  c.table = c.threshold > 4 * SMALLEST ? o->table : 0; /* whose inverse is finite */
   c.per_branch = (real)(1 / o->branch);
   c.slope = (real)o->slope;
   c.offset = (real)o->offset;
@@ -193,25 +197,25 @@ INLINE real factor_of(real w, int p, real exponent, real step, real log_step) {
   }
 }
 
-/* The shrink Exact: with r = step |w|^(p-2), the h between 0 and 1 that has h + r h^(p-1) = 1.
- * First r, then h. */
-INLINE real ratio_of(real w, int p, const Scalars *c) {
+/* The shrink Exact: with r = step |w|^(p-2), the h between 0 and 1 that has h + r h^(p-1) = 1. Where
+ * it has a closed form: */
+INLINE real closed_form(real w, int p, real step) {
   real x = ABS(w);
-  switch (p) {
-    case P_HALF: return c->step / (x * SQRT(x));
-    case P_ONE: return c->step / x;
-    case P_THREE_HALVES: return c->step / SQRT(x);
-    case P_TWO: return c->step;
-    default: return power(x, c->exponent, c->log_step);
-  }
+  if (p == P_ONE) return x > step ? 1 - step / x : 0;
+  if (p == P_TWO) return 1 / (1 + step);
+  real root = step / 2 + SQRT(step * step / 4 + x); /* P_THREE_HALVES */
+  return x < SMALLEST ? 0 : x > LARGE ? 1 : x / (root * root);
 }
 
-/* h by the fit of decay.py, up to r = limit; beyond it 0, which is right for p < 1. */
-INLINE real fitted(real r, int p, int below_1, const Scalars *c) {
+/* Elsewhere first r, */
+INLINE real ratio_of(real w, int p, const Scalars *c) {
+  real x = ABS(w);
+  return p == P_HALF ? c->step / (x * SQRT(x)) : power(x, c->exponent, c->log_step);
+}
+
+/* then h by the fit of decay.py, up to r = limit; beyond it 0, which is right for p < 1. */
+INLINE real fitted(real r, int below_1, const Scalars *c) {
   const real *k = c->coefficients;
-  if (p == P_ONE) return r < 1 ? 1 - r : 0;
-  if (p == P_TWO) return 1 / (1 + r);
-  if (p == P_THREE_HALVES) { real z = 2 / (r + SQRT(r * r + 4)); return z * z; }
   real inside = 1 - r * c->per_branch;
   real z = below_1 ? SQRT(inside > 0 ? inside : 0) : r;
   z = c->slope * z + c->offset;
@@ -295,11 +299,14 @@ extern "C" __global__ void step_cuda(const Launch launch) {
     }
     if (c.exact) {
       w *= c.scale * factor;
-      real r = ratio_of(w, c.decay, &c);
-      real h = fitted(r, c.decay, c.exponent < -1, &c);
-      if (c.decay <= P_HALF || c.decay == P_ANY) {
+      real h;
+      if (c.decay == P_HALF || c.decay == P_ANY) {
+        real r = ratio_of(w, c.decay, &c);
+        h = fitted(r, c.exponent < -1, &c);
         if (c.exponent > -1 && r > c.limit) h = solved(r, &c);
         else for (int k = 0; k < c.polish; k++) h = polished(h, r, &c);
+      } else {
+        h = closed_form(w, c.decay, c.step);
       }
       t->param[i] = flushed(w * h);
     } else {
@@ -392,64 +399,50 @@ static void factors(const storage *RESTRICT w, real *RESTRICT f, int n, int p, r
 }
 
 #if defined(__AVX512DQ__) && STORAGE != 64
-typedef __mmask16 Mask; /* 16 flags */
-/* Moves those of n weights v that are not below the threshold to the front; returns their number,
- * rounded up to whole vectors, and in `kept` where they came from. Zeros follow the last. */
-static int packed(float *v, int n, float threshold, Mask *kept) {
-  int m = 0;
-  for (int i = n; i < (n + 15) / 16 * 16; i++) v[i] = 0;
+#define TERMS 7 /* of each column of the table */
+/* The exact shrink of n moved weights for p < 1 by decay.py's proximal_table: h is a polynomial in
+ * the mantissa of z, and z's exponent with the mantissa's first bit chooses which. */
+static void shrink_by_table(float *v, int n, const Scalars *c) {
+  __m512 terms[TERMS][2];
+  for (int k = 0; k < 2 * TERMS; k++) terms[k / 2][k % 2] = _mm512_loadu_ps(c->table + 16 * k);
+  const __m512 per_threshold = ALL(1 / c->threshold), beyond = ALL(4095);
   for (int i = 0; i < n; i += 16) {
-    __m512 x = _mm512_loadu_ps(v + i);
-    kept[i / 16] = _mm512_cmp_ps_mask(_mm512_abs_ps(x), _mm512_set1_ps(threshold), _CMP_NLE_UQ);
-    _mm512_storeu_ps(v + m, _mm512_maskz_compress_ps(kept[i / 16], x));
-    m += __builtin_popcount(kept[i / 16]);
+    __m512 w = _mm512_loadu_ps(v + i), x = _mm512_abs_ps(w);
+    __m512 z = _mm512_sqrt_ps(_mm512_fmsub_ps(x, per_threshold, ALL(c->meeting)));
+    z = _mm512_min_ps(beyond, z); /* NaN stays NaN */
+    __m512i column = _mm512_srli_epi32(_mm512_castps_si512(z), 22); /* the last five bits count */
+    __m512 m = _mm512_getmant_ps(z, _MM_MANT_NORM_1_2, _MM_MANT_SIGN_zero), h = ALL(0);
+    m = _mm512_sub_ps(m, ALL(1.5f));
+    for (int k = TERMS - 1; k >= 0; k--)
+      h = _mm512_fmadd_ps(h, m, _mm512_permutex2var_ps(terms[k][0], column, terms[k][1]));
+    __mmask16 survive = _mm512_cmp_ps_mask(x, ALL(c->threshold), _CMP_NLT_UQ);
+    _mm512_storeu_ps(v + i, _mm512_maskz_mul_ps(survive, w, h));
   }
-  int whole = (m + 15) / 16 * 16;
-  for (int i = m; i < whole; i++) v[i] = 0;
-  return whole;
-}
-/* The reverse, into n elements of `spread`; 0 where nothing was kept. */
-static void unpacked(const float *v, float *spread, int n, const Mask *kept) {
-  for (int i = 0; i < n; v += __builtin_popcount(kept[i / 16]), i += 16)
-    _mm512_storeu_ps(spread + i, _mm512_maskz_expand_ps(kept[i / 16], _mm512_loadu_ps(v)));
-}
-#else /* nothing that pays: all weights are computed */
-typedef char Mask;
-static int packed(real *v, int n, real threshold, Mask *kept) {
-  (void)v, (void)threshold, (void)kept;
-  return n;
-}
-static void unpacked(const real *v, real *spread, int n, const Mask *kept) {
-  (void)kept;
-  for (int i = 0; i < n; i++) spread[i] = v[i];
 }
 #endif
 
-/* The exact shrink of the moved weights of one block, which are scaled already. */
-static void shrink_exactly(real *RESTRICT v, real *RESTRICT spread, int block, const Scalars *c) {
-  real r[BLOCK], h[BLOCK];
-  Mask kept[BLOCK / 16];
-  int n = packed(v, block, c->threshold, kept);
-  int p = c->decay, fits = p == P_HALF || p == P_ANY, below_1 = c->exponent < -1;
-#define LOOP _Pragma("omp simd") for (int i = 0; i < n; i++) r[i] = ratio_of(v[i], K, c);
-  switch (p) {
-    CASE(P_HALF, LOOP) CASE(P_ONE, LOOP) CASE(P_THREE_HALVES, LOOP) CASE(P_TWO, LOOP)
-    case P_ANY: powers(v, r, n, c->exponent, c->log_step, 0);
+/* The exact shrink of n moved weights, where it has no closed form: by the table or the fit. */
+static void shrink_exactly(real *RESTRICT v, int n, const Scalars *c) {
+#ifdef TERMS
+  if (c->table) {
+    shrink_by_table(v, n, c);
+    return;
   }
-#undef LOOP
-#define LOOP _Pragma("omp simd") for (int i = 0; i < n; i++) h[i] = fitted(r[i], K, 1, c);
-  if (p == P_ANY && !below_1)
-    _Pragma("omp simd") for (int i = 0; i < n; i++) h[i] = fitted(r[i], P_ANY, 0, c);
+#endif
+  real r[BLOCK], h[BLOCK];
+  int below_1 = c->exponent < -1;
+  if (c->decay == P_HALF)
+    _Pragma("omp simd") for (int i = 0; i < n; i++) r[i] = ratio_of(v[i], P_HALF, c);
   else
-    switch (p) {
-      CASE(P_HALF, LOOP) CASE(P_ONE, LOOP) CASE(P_THREE_HALVES, LOOP) CASE(P_TWO, LOOP)
-      CASE(P_ANY, LOOP)
-    }
-#undef LOOP
-  for (int k = 0; fits && k < c->polish; k++)
+    powers(v, r, n, c->exponent, c->log_step, 0);
+  if (below_1)
+    _Pragma("omp simd") for (int i = 0; i < n; i++) h[i] = fitted(r[i], 1, c);
+  else
+    _Pragma("omp simd") for (int i = 0; i < n; i++) h[i] = fitted(r[i], 0, c);
+  for (int k = 0; k < c->polish; k++)
     _Pragma("omp simd") for (int i = 0; i < n; i++) h[i] = polished(h[i], r[i], c);
   /* Beyond the fit, for 1 < p < 2, are only weights that become very small: by CHUNK of them. */
-  for (int begin = 0; fits && !below_1 && begin < n; begin += CHUNK) {
+  for (int begin = 0; !below_1 && begin < n; begin += CHUNK) {
     int end = begin + CHUNK < n ? begin + CHUNK : n, beyond = 0;
     for (int i = begin; i < end; i++) beyond |= (r[i] > c->limit) & (v[i] != 0);
     if (beyond)
@@ -457,11 +450,10 @@ static void shrink_exactly(real *RESTRICT v, real *RESTRICT spread, int block, c
         h[i] = r[i] > c->limit ? solved(r[i], c) : h[i];
   }
   for (int i = 0; i < n; i++) v[i] *= h[i];
-  unpacked(v, spread, block, kept);
 }
 
 static void step_block(const Tensor *t, const Scalars *c, integer begin, int n, int rule) {
-  real f[BLOCK], v[BLOCK + 16], shrunk[BLOCK];
+  real f[BLOCK], v[BLOCK];
   storage *param = t->param + begin;
   if (!c->exact) {
     factors(param, f, n, c->decay, c->exponent, c->step, c->log_step);
@@ -480,8 +472,15 @@ static void step_block(const Tensor *t, const Scalars *c, integer begin, int n, 
 #undef LOOP
   if (c->hold)
     for (int i = 0; i < n; i++) v[i] *= load(param[i]) == 0 ? 0 : 1;
-  shrink_exactly(v, shrunk, n, c);
-  for (int i = 0; i < n; i++) param[i] = flushed(shrunk[i]);
+#define LOOP _Pragma("omp simd") \
+  for (int i = 0; i < n; i++) param[i] = flushed(v[i] * closed_form(v[i], K, c->step));
+  switch (c->decay) {
+    CASE(P_ONE, LOOP) CASE(P_THREE_HALVES, LOOP) CASE(P_TWO, LOOP)
+#undef LOOP
+    default:
+      shrink_exactly(v, n, c);
+      for (int i = 0; i < n; i++) param[i] = flushed(v[i]);
+  }
 }
 
 #define GRAIN 32768 /* elements below which starting a thread costs more than it saves */

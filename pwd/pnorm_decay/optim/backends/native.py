@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from pnorm_decay.compiler import cuda_function, shared_library
-from pnorm_decay.decay import proximal_fit
+from pnorm_decay.decay import proximal_fit, proximal_table
 from pnorm_decay.optim.backends import reference
 from pnorm_decay.optim.layout import Slot
 from pnorm_decay.optim.options import Group
@@ -33,6 +33,7 @@ CUDA_TENSORS = 40
 CUDA_BLOCK = 4096
 CUDA_THREADS = 512
 
+TABULATED_BELOW = 0.98  # from which p on the table is not right to float32's last digits
 DOUBLES = ("lr", "beta1", "beta2", "eps", "p", "lambda_p", "weight_decay")
 INTEGERS = ("rule", "maximize", "nesterov", "exact", "hold_zeros")
 Record = tuple[Any, ...]  # the fields of one struct Tensor, numel last
@@ -45,6 +46,7 @@ class Options(ctypes.Structure):
         *((name, ctypes.c_double) for name in DOUBLES),
         *((name, ctypes.c_double) for name in ("limit", "branch", "slope", "offset")),
         ("coefficients", ctypes.c_double * COEFFICIENTS),
+        ("table", ctypes.c_void_p),
         *((f"device_{name}", ctypes.c_void_p) for name in ("lr", "p", "lambda_p")),
         *((name, ctypes.c_int64) for name in INTEGERS),
     )
@@ -82,13 +84,13 @@ def run(slots: list[Slot], rule: Rule, shrink: Shrink, group: Group, kernel: Ker
     """Does one step of flat tensors of the kernel's device and dtype."""
     if not slots:
         return
-    on_device: list[Tensor] = []  # kept until the kernel is launched
+    kept: list[Tensor] = []  # until the kernel is launched
     device = slots[0].param.device
     options = Options(weight_decay=shrink.weight_decay, hold_zeros=shrink.hold_zeros, branch=1)
     for name, value in (("lr", shrink.alpha), ("p", shrink.p), ("lambda_p", shrink.lambda_p)):
         if isinstance(value, Tensor) and not is_on_host(slots[0].param):
-            on_device.append(value.to(device, torch.float32, non_blocking=True))
-            setattr(options, f"device_{name}", on_device[-1].data_ptr())
+            kept.append(value.to(device, torch.float32, non_blocking=True))
+            setattr(options, f"device_{name}", kept[-1].data_ptr())
         else:
             setattr(options, name, float(value))
     options.maximize = group["maximize"]
@@ -99,6 +101,9 @@ def run(slots: list[Slot], rule: Rule, shrink: Shrink, group: Group, kernel: Ker
         fitted = proximal_fit(shrink.p)
         options.limit, options.branch, options.slope, options.offset = fitted[:4]
         options.coefficients[:] = fitted.coefficients
+        if shrink.p < TABULATED_BELOW and device.type == "cpu":
+            kept.append(proximal_table(shrink.p))
+            options.table = kept[-1].data_ptr()
     betas = options.beta1, options.beta2
     names = (*rule.moments, None, None)[:3]
     corrections: dict[int, tuple[float, ...]] = {}  # nearly always of one step
@@ -106,8 +111,8 @@ def run(slots: list[Slot], rule: Rule, shrink: Shrink, group: Group, kernel: Ker
     for slot in slots:
         state, step, device_step = slot.state, slot.step, 0
         if isinstance(step, Tensor) and not is_on_host(step):
-            on_device.append(step.float())
-            device_step, step = on_device[-1].data_ptr(), 1
+            kept.append(step.float())
+            device_step, step = kept[-1].data_ptr(), 1
         step = int(step)
         if step not in corrections:
             corrections[step] = tuple(1 - beta**step for beta in betas)
