@@ -81,6 +81,12 @@ def test_note_says_what_a_reader_must_know():
     assert "selected on the same validation data, by its first seed." in note
 
 
+def test_note_tells_runs_of_one_precision_from_those_of_another():
+    rows = [run(device="cpu, bf16"), run(device="cpu, bf16"), run(device="cpu, fp32")]
+    assert "3 runs (2 in bf16, 1 in fp32), 1 seed" in experiment(rows).note
+    assert "2 runs, 1 seed" in experiment(rows[:2]).note
+
+
 def test_note_at_paper_scale_makes_no_excuse():
     note = experiment([run()], scale="paper").note
     assert "not the paper's" not in note

@@ -29,12 +29,13 @@ COLLAPSED = 0.8
 
 SPARSITIES = (0.5, 0.8, 0.9, 0.95, 0.98, 0.99)
 
+REFERENCE = "IMP"
 # What is drawn beside pWD with a constant lambda_p: a style, and the methods in the records.
 RIVALS = (
     (PointStyle("pWD to a target", "target", "#111111", "8", 4.5, line=True), ["pwd_target"]),
     (PointStyle("exact to a target", "exact", "#e8630a", "H", 4.5, line=True), ["exact_target"]),
     (
-        PointStyle("IMP", "IMP", "#1a9850", "X", 4.5, line=True),
+        PointStyle(REFERENCE, REFERENCE, "#1a9850", "X", 4.5, line=True),
         ["magnitude", "magnitude_global"],
     ),
 )
@@ -109,25 +110,36 @@ def _draw_frontier(
             zorder=3,
             **style.artist(3.5) | {"linewidth": 0.9},
         )
-    labelled: list[float] = []  # the sparsities at whose points a name stands
-    for style, settings in rivals.items():
-        points = settings[settings["val_accuracy"] >= floor]
+    lines = {style: own[own["val_accuracy"] >= floor] for style, own in rivals.items()}
+    for style, points in lines.items():
         _draw_means(ax, points["sparsity"], points, style, linestyle="-")
-        if len(points):  # its name beside its sparse end, below the line
-            ax.annotate(
-                style.label,
-                (points["sparsity"].iloc[-1], points["val_accuracy"].iloc[-1]),
-                xytext=(-7, -3 - 9 * labelled.count(round(points["sparsity"].iloc[-1], 2))),
-                textcoords="offset points",
-                ha="right",
-                va="top",
-                fontsize=7,
-                color=style.color,
-            )
-            labelled.append(round(points["sparsity"].iloc[-1], 2))
+    _draw_names(ax, {style: points for style, points in lines.items() if len(points)})
     if adamw is not None:
         draw_adamw(ax, adamw)
     return int((shown["val_accuracy"] < floor).sum())
+
+
+def _draw_names(ax: Axes, lines: Mapping[PointStyle, pd.DataFrame]) -> None:
+    """Names the lines: the highest above its falling end, with the next above that; IMP below."""
+    above = [style for style in lines if style.label != REFERENCE]
+    ends = pd.concat([lines[style].tail(3) for style in above]) if above else pd.DataFrame()
+    for style, points in lines.items():
+        if style.label == REFERENCE:
+            point, shift, aligned = points.iloc[-1], (-7.0, -3.0), ("right", "top")
+        else:
+            place = 8.5 * above.index(style)
+            point = ends.loc[ends["val_accuracy"].idxmax()]
+            shift, aligned = (7.0, 3.0 + place), ("left", "bottom")
+        ax.annotate(
+            style.label,
+            (point["sparsity"], point["val_accuracy"]),
+            xytext=shift,
+            textcoords="offset points",
+            ha=aligned[0],
+            va=aligned[1],
+            fontsize=7,
+            color=style.color,
+        )
 
 
 def _draw_means(

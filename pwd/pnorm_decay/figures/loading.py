@@ -80,12 +80,15 @@ class Experiment:
         counts = {"diverged": len(self.diverged) - failed, "failed": failed}
         ended = ", ".join(f"{count} {how}" for how, count in counts.items() if count)
         ended = f" ({ended})" if ended else ""
+        precision = self.runs["device"].str.extract(r", (bf16|fp32)$")[0].value_counts()
+        trained = ", ".join(f"{count} in {name}" for name, count in precision.items())
+        trained = f" ({trained})" if len(precision) > 1 else ""
         last = "epoch" if self.is_image else "evaluation"
         seeds = self.runs["seed"].nunique()
         by_seed = ", by its first seed" if seeds > 1 else ""
         return (
             f"{self.name}, {self.scale} scale{setting}. Data: {self.data}. "
-            f"{_count(len(self.runs), 'run')}{ended}, "
+            f"{_count(len(self.runs), 'run')}{ended}{trained}, "
             f"{_count(seeds, 'seed')}. "
             f"Accuracy is that of the last {last}; "
             f"the best run is selected on the same validation data{by_seed}."
