@@ -128,7 +128,7 @@ def _draw_names(ax: Axes, lines: Mapping[PointStyle, pd.DataFrame]) -> None:
             point, shift, aligned = points.iloc[-1], (-7.0, -3.0), ("right", "top")
         else:
             place = 8.5 * above.index(style)
-            point = ends.loc[ends["val_accuracy"].idxmax()]
+            point = ends.iloc[int(ends["val_accuracy"].to_numpy().argmax())]
             shift, aligned = (7.0, 3.0 + place), ("left", "bottom")
         ax.annotate(
             style.label,
