@@ -17,7 +17,7 @@ DRAWN := results/figures/.drawn
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help setup lock data sweep figures explorer verify reproduce-figures gpu gpu-bundle bench bench-optimizer bench-training bench-sweep bench-files bench-compact bench-inference dashboard dashboard-online sync soak test test-ray test-wheel notebooks run-notebooks docs lint clean
+.PHONY: help setup lock data sweep figures explorer verify reproduce-figures gpu gpu-bundle bench bench-optimizer bench-training bench-sweep bench-files bench-compact bench-inference dashboard dashboard-online sync soak test test-slow test-ray test-wheel notebooks run-notebooks docs lint clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-18s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -107,9 +107,12 @@ soak: $(READY) ## kill and resume a run fifty times, and compare the bits (sever
 test: $(READY) ## run the tests
 	$(BIN)/python -m pytest
 
+test-slow: $(READY) ## run the tests that take long: killed runs, notebooks, clusters, the rehearsal of scripts/gpu.py
+	$(BIN)/python -m pytest -m slow
+
 test-ray: $(READY) ## run the tests of the cluster launchers, with Ray, which .venv then holds as well
 	VIRTUAL_ENV=.venv $(BIN)/uv pip install --quiet hydra-ray-launcher
-	$(BIN)/python -m pytest -n 0 tests/end_to_end/test_clusters.py
+	$(BIN)/python -m pytest -n 0 -m slow tests/end_to_end/test_clusters.py
 
 test-wheel: $(READY) ## build the wheel, try it with the oldest and the newest Python and torch (gigabytes; UV_TORCH_BACKEND=cpu: less)
 	$(BIN)/python scripts/try_wheel.py

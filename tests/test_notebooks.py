@@ -34,6 +34,7 @@ def _no_reply_is_missed(monkeypatch):
     monkeypatch.setattr(OutputWidget, "send", send_and_look)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("_no_reply_is_missed")
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
 def test_it_runs_and_draws(path):

@@ -39,6 +39,7 @@ def accuracies(runs: Path) -> dict[str, float]:
     return {r["record"]["run_id"]: r["record"]["val_loss"] for r in results}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("launcher", LAUNCHERS)
 def test_a_sweep_on_two_workers_of_a_cluster(launcher, run_program, tmp_path):
     if importlib.util.find_spec(f"hydra_plugins.hydra_{launcher}_launcher") is None:

@@ -40,6 +40,7 @@ def rows(runs: Path) -> dict[str, dict[str, object]]:
     return {row["run_id"]: {k: v for k, v in row.items() if k not in TIMING} for row in found}
 
 
+@pytest.mark.slow
 def test_a_run_that_is_killed_at_random_ends_with_the_same_bits(tmp_path):
     with wandb.init(mode="offline", dir=tmp_path):  # has a service, which children would share
         assert "WANDB_SERVICE" in os.environ

@@ -103,7 +103,7 @@ def halved_first(params: list[nn.Parameter], optimizer: Any) -> None:
     optimizer.step()
 
 
-@pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
+@pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("function", [read_before, scaled_gradient, halved_first])
 def test_it_is_right_whatever_the_compiler_makes_of_what_is_around_it(
     function: Any, backend: str

@@ -141,6 +141,7 @@ def test_every_run_of_the_list_is_one_of_the_paper():
     assert names >= {("paper/resnet18_cifar10", "pwd", 0.8, None)}
 
 
+@pytest.mark.slow
 def test_it_is_stopped_in_the_middle_and_goes_on_to_the_end(tmp_path, environment):
     command = [sys.executable, PROGRAM, "--rehearse", "--folder", str(tmp_path), "--workers", "1"]
     out = tmp_path / "out" / "rehearsal"  # beside what may be real
