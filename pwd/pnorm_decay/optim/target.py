@@ -19,6 +19,7 @@ LEAD = 0.1  # how far ahead of the present step the way is looked at, as a fract
 PROPORTIONAL, INTEGRAL = 2.0, 1.0  # gains: nats of lambda_p for an error of 1
 LARGEST_ERROR = 0.15
 LOG_FROM = 0.8  # the sparsity above which an error is one of the density's logarithm
+RETURN = 1.1  # by how much the density grows between two counts where too many zeros come back
 NEAR = 1.3  # the present over the wanted density from which on every step counts
 CLOSE = 0.01  # relative error of the density at which the decay rests
 MET = 0.03  # and at which the target counts as met
@@ -55,6 +56,9 @@ class TargetSparsity:
     nearly 0 and lets the next larger ones go. The sum of e finds, slowly, the strength at which
     weights fall as fast as the way asks for against the gradients' pull. Near the target, every
     step counts; and since zeros stay, it is approached from below and hardly passed.
+
+    Zeros of the exact step may come back, until the density is within 30 % of the wanted one or, above
+    0.8, has grown by 10 % between two counts: the next such swing would be larger.
 
     The count is read one interval later, so that no step waits for a GPU. It adds over processes.
 
@@ -180,7 +184,7 @@ class TargetSparsity:
         return self.sparsity * (1 - (1 - min(1.0, max(0.0, done))) ** 3)
 
     def _steer(self, census: "_Census") -> None:
-        present, wanted = census.sparsity(), self.wanted()
+        before, present, wanted = self.present, census.sparsity(), self.wanted()
         self.present = present
         if 1 - present <= (1 - self.sparsity) * (1 + CLOSE):
             self.is_resting = True
@@ -188,6 +192,9 @@ class TargetSparsity:
             return
         error = wanted - present
         if wanted > LOG_FROM:
+            if 1 - present > RETURN * (1 - before):  # a swing that would grow
+                for group in self._decaying():
+                    group["hold_zeros"] = True
             error = 0.25 * math.log((1 - present) / (1 - wanted))
         error = max(-LARGEST_ERROR, min(LARGEST_ERROR, error))
         self._sum += error / self.interval if self._is_near() else error
@@ -218,7 +225,7 @@ class TargetSparsity:
             else:
                 group["lambda_p"] = value
             # pWD's zeros stay while lambda_p is above 0, and must where it comes down to 0. Those
-            # of the exact step may come back until the target is near.
+            # of the exact step may come back until the target is near, or too many do.
             if self.is_resting or self._is_near() or not group["exact"]:
                 group["hold_zeros"] = True
 
