@@ -57,8 +57,8 @@ class TargetSparsity:
     weights fall as fast as the way asks for against the gradients' pull. Near the target, every
     step counts; and since zeros stay, it is approached from below and hardly passed.
 
-    Zeros of the exact step may come back, until the density is within 30 % of the wanted one or, above
-    0.8, has grown by 10 % between two counts: the next such swing would be larger.
+    Zeros of the exact step may come back, until the density is within 30 % of the wanted one or,
+    above 0.8, has grown by 10 % between two counts: the next such swing would be larger.
 
     The count is read one interval later, so that no step waits for a GPU. It adds over processes.
 
