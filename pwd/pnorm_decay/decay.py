@@ -24,6 +24,7 @@ __all__ = [
 ]
 
 NEWTON_STEPS = 10  # to the last bit of float64, but for p within 1e-3 of 1
+TABULATED_BELOW = 0.98  # the p of proximal_table; near 1 its z would be smaller than it knows
 NEARLY_1 = 1e-6  # p that are nearer to 1 are 1: their differences would be lost in float32
 
 
@@ -216,16 +217,24 @@ def proximal_fit(p: float, degree: int = 10) -> ProximalFit:
 
 @lru_cache(64)
 def proximal_table(p: float) -> Tensor:
-    """The h of `proximal_factor` for one `p < 1` as a table, for code that can look 16 up at once.
+    """The h of `proximal_factor` for one p as a table, for code that can look 16 up at once.
 
     With `u = |v| / threshold`, which is 1 at the limit's r and u0 at the branch's, h is smooth in
-    `z = sqrt(u - u0)`. For each exponent and first bit of the mantissa of z as a float32, from
-    `2^-4` to `2^12`, h is a polynomial in `mantissa - 1.5`.
+    `z = sqrt(u - u0)`. For each exponent of z as a float32 and first bit of its mantissa, from
+    `2^-4` to `2^12`, `1 - h` is a polynomial in `mantissa - 1.5`; beyond, it is below `2^-24`.
+
+    Args:
+        p: the norm's exponent, in (0, 0.98).
 
     Returns:
-        Its coefficients, float32 of shape (7, 32) from the constant one on. Where z lies is the
-        column: the last five of the bits that the exponent and the first bit are.
+        The coefficients, float32 of shape (7, 32), from the constant ones on. The polynomial of z
+        is in column `(bits >> 22) & 31` of its bits.
+
+    Raises:
+        ValueError: p is out of its range.
     """
+    if not 0 < p < TABULATED_BELOW:
+        raise ValueError(f"Invalid p: {p} (must be in (0, {TABULATED_BELOW}))")
     limit, branch = survival_limit(p)
     order = torch.arange(7, dtype=torch.float64, device="cpu")
     places = torch.arange(2 * -4, 2 * 12, device="cpu")[:, None]  # two for each power of 2
@@ -236,7 +245,7 @@ def proximal_table(p: float) -> Tensor:
     h = torch.ones_like(r)
     for _ in range(50):  # Newton's method from above, for a convex function
         h -= (h + r * h ** (p - 1) - 1) / (1 + (p - 1) * r * h ** (p - 2))
-    coefficients = torch.linalg.solve((mantissa[:, :, None] - 1.5) ** order, h)
+    coefficients = torch.linalg.solve((mantissa[:, :, None] - 1.5) ** order, 1 - h)
     return coefficients.T.roll((2 * (127 - 4)) % 32, 1).float().contiguous()
 
 

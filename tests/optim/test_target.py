@@ -290,7 +290,7 @@ def test_zeros_of_the_exact_step_are_held_once_too_many_come_back(
     optimizer = AdamPWD([{"params": [weight], "p": 0.8, "lambda_p": 1.0}], exact=True)
     target = TargetSparsity(optimizer, 0.98, steps=1000, interval=1)
     target.last_epoch = 500  # where the way asks for more than 0.9
-    for share in (0.85, 0.85, second, second):
+    for share in (0.85, 0.85, (0.85 + second) / 2, second, second):
         weight.data = (torch.arange(1000) >= 1000 * share).float()
         target.step()
     assert optimizer.param_groups[0]["hold_zeros"] == are_held

@@ -120,7 +120,7 @@ def _draw_frontier(
 
 
 def _draw_names(ax: Axes, lines: Mapping[PointStyle, pd.DataFrame]) -> None:
-    """Names the lines: the highest above its falling end, with the next above that; IMP below."""
+    """Names the lines: IMP below its end, the others above the highest line's falling end."""
     above = [style for style in lines if style.label != REFERENCE]
     ends = pd.concat([lines[style].tail(3) for style in above]) if above else pd.DataFrame()
     for style, points in lines.items():

@@ -19,7 +19,7 @@ LEAD = 0.1  # how far ahead of the present step the way is looked at, as a fract
 PROPORTIONAL, INTEGRAL = 2.0, 1.0  # gains: nats of lambda_p for an error of 1
 LARGEST_ERROR = 0.15
 LOG_FROM = 0.8  # the sparsity above which an error is one of the density's logarithm
-RETURN = 1.1  # by how much the density grows between two counts where too many zeros come back
+REGROWTH = 1.1  # the present over the least density from which on zeros no longer come back
 NEAR = 1.3  # the present over the wanted density from which on every step counts
 CLOSE = 0.01  # relative error of the density at which the decay rests
 MET = 0.03  # and at which the target counts as met
@@ -57,8 +57,9 @@ class TargetSparsity:
     weights fall as fast as the way asks for against the gradients' pull. Near the target, every
     step counts; and since zeros stay, it is approached from below and hardly passed.
 
-    Zeros of the exact step may come back, until the density is within 30 % of the wanted one or,
-    above 0.8, has grown by 10 % between two counts: the next such swing would be larger.
+    Zeros of the exact step may come back until the density is within 30 % of the wanted one. If it
+    grows to 10 % above the least that there has been while a sparsity above 0.8 is wanted, they are
+    held from then on: the next such swing would be larger.
 
     The count is read one interval later, so that no step waits for a GPU. It adds over processes.
 
@@ -123,7 +124,7 @@ class TargetSparsity:
         self.begin, self.end = begin * steps, end * steps
         self.interval = interval or max(1, steps // UPDATES)
         self.last_epoch, self.is_resting, self.present = 0, False, math.nan
-        self._sum = 0.0
+        self._sum, self._least = 0.0, math.inf
         for group in optimizer.param_groups:
             if "hold_zeros" not in group:
                 kind = type(optimizer).__name__
@@ -165,6 +166,7 @@ class TargetSparsity:
             "is_resting": self.is_resting,
             "present": self.present,
             "sum": self._sum,
+            "least": self._least,
             "median": self._median,
             "strength": self._strength,
             "pending": None if self._pending is None else self._pending.read(),
@@ -175,6 +177,7 @@ class TargetSparsity:
         self.last_epoch, self.is_resting = state_dict["last_epoch"], state_dict["is_resting"]
         self.present, self._sum = state_dict["present"], state_dict["sum"]
         self._median, pending = state_dict["median"], state_dict["pending"]
+        self._least = state_dict.get("least", math.inf)  # an older version's lacks it
         self._pending = None if pending is None else _Census(pending)
         self._set(state_dict["strength"])
 
@@ -184,15 +187,15 @@ class TargetSparsity:
         return self.sparsity * (1 - (1 - min(1.0, max(0.0, done))) ** 3)
 
     def _steer(self, census: "_Census") -> None:
-        before, present, wanted = self.present, census.sparsity(), self.wanted()
-        self.present = present
+        present, wanted = census.sparsity(), self.wanted()
+        self.present, self._least = present, min(self._least, 1 - present)
         if 1 - present <= (1 - self.sparsity) * (1 + CLOSE):
             self.is_resting = True
             self._set(0.0)
             return
         error = wanted - present
         if wanted > LOG_FROM:
-            if 1 - present > RETURN * (1 - before):  # a swing that would grow
+            if 1 - present > REGROWTH * self._least:  # a swing that would grow
                 for group in self._decaying():
                     group["hold_zeros"] = True
             error = 0.25 * math.log((1 - present) / (1 - wanted))

@@ -73,6 +73,9 @@ typedef struct {
 } Tensor;
 
 #define COEFFICIENTS 11
+#if defined(__AVX512DQ__) && STORAGE != 64 && !defined(__CUDACC__)
+#define TERMS 7 /* of each column of the table, which only this processor's loop looks into */
+#endif
 typedef struct {
   double lr, beta1, beta2, eps; /* Adam's; SGD: beta1 is the momentum, beta2 the dampening */
   double p, lambda_p, weight_decay;
@@ -90,9 +93,12 @@ enum Exponent { NO_DECAY, P_HALF, P_ONE, P_THREE_HALVES, P_TWO, P_ANY };
 /* What the element-wise loops need of Options, for one tensor at one step. */
 typedef struct {
   real sign, keep1, blend1, keep2, blend2, look_ahead, own, rate, root_scale, eps;
-  real scale, step, exponent, log_step, threshold, meeting, limit, per_branch, slope, offset;
+  real scale, step, exponent, log_step, limit, per_branch, slope, offset;
   real coefficients[COEFFICIENTS];
+#ifdef TERMS
   const float *table;
+  real threshold, meeting; /* the smallest moved weight that survives; u0 of proximal_table */
+#endif
   int decay, exact, hold, polish; /* decay: an enum Exponent; polish: Newton steps after the fit */
 } Scalars;
 
@@ -131,10 +137,11 @@ INLINE Scalars prepare(const Options *o, const Tensor *t) {
   c.exponent = (real)(p < 1e30 ? p - 2 : 1e30); /* finite in float, so that 0 * it is 0 */
   c.decay = c.step == 0 ? NO_DECAY : exponent_of(p);
   c.limit = (real)o->limit;
-  /* The moved weights at r = limit, below which none survives, and at r = branch, of the first. */
-  c.threshold = (real)(p < 1 && o->exact ? pow(step / o->limit, 1 / (2 - p)) : 0);
-  c.meeting = (real)(p < 1 && o->exact ? pow(o->limit / o->branch, 1 / (2 - p)) : 0);
-  c.table = c.threshold > 4 * SMALLEST ? o->table : 0; /* whose inverse is finite */
+#ifdef TERMS
+  c.threshold = (real)(o->table ? pow(step / o->limit, 1 / (2 - p)) : 0);
+  c.meeting = (real)(o->table ? pow(o->limit / o->branch, 1 / (2 - p)) : 0);
+  c.table = c.threshold > 4 * SMALLEST ? o->table : 0; /* so that its inverse is finite */
+#endif
   c.per_branch = (real)(1 / o->branch);
   c.slope = (real)o->slope;
   c.offset = (real)o->offset;
@@ -197,14 +204,15 @@ INLINE real factor_of(real w, int p, real exponent, real step, real log_step) {
   }
 }
 
-/* The shrink Exact: with r = step |w|^(p-2), the h between 0 and 1 that has h + r h^(p-1) = 1. Where
- * it has a closed form: */
+/* The shrink Exact: with r = step |w|^(p-2), the h between 0 and 1 that has h + r h^(p-1) = 1.
+ * Where it has a closed form (P_THREE_HALVES in float: for a step up to 1e18): */
 INLINE real closed_form(real w, int p, real step) {
   real x = ABS(w);
   if (p == P_ONE) return x > step ? 1 - step / x : 0;
   if (p == P_TWO) return 1 / (1 + step);
-  real root = step / 2 + SQRT(step * step / 4 + x); /* P_THREE_HALVES */
-  return x < SMALLEST ? 0 : x > LARGE ? 1 : x / (root * root);
+  real root = step / 2 + SQRT(step * step / 4 + x), inverse = 1 / root; /* P_THREE_HALVES */
+  real lost = step * inverse, kept = x * inverse * inverse; /* together 1: the smaller is exact */
+  return x < SMALLEST ? 0 : lost < (real)0.5 ? 1 - lost : kept;
 }
 
 /* Elsewhere first r, */
@@ -398,25 +406,26 @@ static void factors(const storage *RESTRICT w, real *RESTRICT f, int n, int p, r
 #undef LOOP
 }
 
-#if defined(__AVX512DQ__) && STORAGE != 64
-#define TERMS 7 /* of each column of the table */
-/* The exact shrink of n moved weights for p < 1 by decay.py's proximal_table: h is a polynomial in
- * the mantissa of z, and z's exponent with the mantissa's first bit chooses which. */
+#ifdef TERMS
+/* The exact shrink of n moved weights for p < 1 by decay.py's proximal_table, where z is: 1 - h is
+ * a polynomial in z's mantissa, and z's exponent with the mantissa's first bit chooses which. */
 static void shrink_by_table(float *v, int n, const Scalars *c) {
   __m512 terms[TERMS][2];
   for (int k = 0; k < 2 * TERMS; k++) terms[k / 2][k % 2] = _mm512_loadu_ps(c->table + 16 * k);
-  const __m512 per_threshold = ALL(1 / c->threshold), beyond = ALL(4095);
+  const __m512 per_threshold = ALL(1 / c->threshold);
   for (int i = 0; i < n; i += 16) {
     __m512 w = _mm512_loadu_ps(v + i), x = _mm512_abs_ps(w);
     __m512 z = _mm512_sqrt_ps(_mm512_fmsub_ps(x, per_threshold, ALL(c->meeting)));
-    z = _mm512_min_ps(beyond, z); /* NaN stays NaN */
     __m512i column = _mm512_srli_epi32(_mm512_castps_si512(z), 22); /* the last five bits count */
-    __m512 m = _mm512_getmant_ps(z, _MM_MANT_NORM_1_2, _MM_MANT_SIGN_zero), h = ALL(0);
+    __m512 m = _mm512_getmant_ps(z, _MM_MANT_NORM_1_2, _MM_MANT_SIGN_zero), lost = ALL(0);
     m = _mm512_sub_ps(m, ALL(1.5f));
     for (int k = TERMS - 1; k >= 0; k--)
-      h = _mm512_fmadd_ps(h, m, _mm512_permutex2var_ps(terms[k][0], column, terms[k][1]));
-    __mmask16 survive = _mm512_cmp_ps_mask(x, ALL(c->threshold), _CMP_NLT_UQ);
-    _mm512_storeu_ps(v + i, _mm512_maskz_mul_ps(survive, w, h));
+      lost = _mm512_fmadd_ps(lost, m, _mm512_permutex2var_ps(terms[k][0], column, terms[k][1]));
+    /* Beyond the table a weight loses less than float knows. NaN stays NaN. */
+    __mmask16 loses = _mm512_cmp_ps_mask(z, ALL(4096), _CMP_NGE_UQ);
+    __mmask16 survives = _mm512_cmp_ps_mask(x, ALL(c->threshold), _CMP_NLT_UQ);
+    w = _mm512_mask3_fnmadd_ps(w, lost, w, loses);
+    _mm512_storeu_ps(v + i, _mm512_maskz_mov_ps(survives, w));
   }
 }
 #endif

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from pnorm_decay.compiler import cuda_function, shared_library
-from pnorm_decay.decay import proximal_fit, proximal_table
+from pnorm_decay.decay import TABULATED_BELOW, proximal_fit, proximal_table
 from pnorm_decay.optim.backends import reference
 from pnorm_decay.optim.layout import Slot
 from pnorm_decay.optim.options import Group
@@ -33,7 +33,6 @@ CUDA_TENSORS = 40
 CUDA_BLOCK = 4096
 CUDA_THREADS = 512
 
-TABULATED_BELOW = 0.98  # from which p on the table is not right to float32's last digits
 DOUBLES = ("lr", "beta1", "beta2", "eps", "p", "lambda_p", "weight_decay")
 INTEGERS = ("rule", "maximize", "nesterov", "exact", "hold_zeros")
 Record = tuple[Any, ...]  # the fields of one struct Tensor, numel last
