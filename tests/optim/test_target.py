@@ -184,6 +184,18 @@ def test_a_target_that_is_not_met_is_told_with_the_reason(
         train(model, optimizer, target, steps)
 
 
+def test_a_run_that_goes_on_is_told_once() -> None:
+    """As where the number of epochs was given."""
+    model = network()
+    optimizer = AdamPWD(param_groups(model, p=0.8, lambda_p=1.0), lr=1e-2)
+    target = TargetSparsity(optimizer, 0.5, steps=3)
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        train(model, optimizer, target, 6)
+    messages = [str(warning.message) for warning in said]
+    assert len([m for m in messages if "goes on after its 3 steps. Give steps=epochs" in m]) == 1
+
+
 def test_a_network_that_is_too_sparse_already_is_told() -> None:
     model = network()
     for parameter in model.parameters():

@@ -47,8 +47,8 @@ class TargetSparsity:
     present over the wanted density, clipped at 0.15; m is the median weight at the beginning, and
     c the lambda_p that would bring it to 0 within a tenth of the way if it had no gradient. When
     the density is within 1 % of the wanted one, the decay rests: `lambda_p = 0` and `hold_zeros =
-    True`, so that the remaining steps train the weights that are left. Until then it goes on, past
-    `end` if need be.
+    True`, which pWD has from the start: the remaining steps train the weights that are left. Until
+    then it goes on, past `end` if need be.
 
     **Why it settles.** Weights fall some time after lambda_p has risen, so that their number alone
     says too late that it is too large. Q says it at once: when the last weights that are to go are
@@ -84,12 +84,12 @@ class TargetSparsity:
     Example:
         >>> model = torch.nn.Linear(40, 40)
         >>> optimizer = AdamPWD(param_groups(model, p=0.8, lambda_p=1.0), lr=1e-2)
-        >>> target = TargetSparsity(optimizer, 0.75, steps=400)
+        >>> steering = TargetSparsity(optimizer, 0.75, steps=400)
         >>> for _ in range(400):
         ...     optimizer.zero_grad()
         ...     (model(torch.eye(40)) - torch.eye(40)).square().mean().backward()
         ...     optimizer.step()
-        ...     target.step()
+        ...     steering.step()
         >>> round(sparsity(model), 2)
         0.75
     """
@@ -154,6 +154,12 @@ class TargetSparsity:
                 self._steer(census)
         if self.last_epoch == self.steps:
             self._conclude()
+        elif self.last_epoch == self.steps + 1:
+            warnings.warn(
+                f"TargetSparsity: the run goes on after its {self.steps} steps. Give "
+                "steps=epochs * len(loader), the number of optimizer steps, and call step() once after each.",
+                stacklevel=2,
+            )
 
     def get_last_value(self) -> list[Any]:
         """The present lambda_p of each group."""
@@ -246,7 +252,8 @@ class TargetSparsity:
         return max(float(group["p"]) for group in self._decaying())
 
     def _above_1(self) -> str:
-        return f"p = {self._largest_p():g} is above 1, which makes no zeros but whole dead neurons"
+        p = self._largest_p()
+        return f"p = {p:g} is above 1, which makes no zeros but dead neurons (use 0.8)"
 
     def _conclude(self) -> None:
         """Says in one line why the target has not been met, if so."""
