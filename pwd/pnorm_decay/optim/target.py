@@ -157,7 +157,8 @@ class TargetSparsity:
         elif self.last_epoch == self.steps + 1:
             warnings.warn(
                 f"TargetSparsity: the run goes on after its {self.steps} steps. Give "
-                "steps=epochs * len(loader), the number of optimizer steps, and call step() once after each.",
+                "steps=epochs * len(loader), the number of optimizer steps, and call step() once "
+                "after each.",
                 stacklevel=2,
             )
 
