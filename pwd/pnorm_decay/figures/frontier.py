@@ -23,13 +23,13 @@ from pnorm_decay.figures.style import (
     p_style,
     styled,
 )
+from pnorm_decay.figures.targets import REFERENCE
 
 # The lowest accuracy shown, as a share of the best.
 COLLAPSED = 0.8
 
 SPARSITIES = (0.5, 0.8, 0.9, 0.95, 0.98, 0.99)
 
-REFERENCE = "IMP"
 # What is drawn beside pWD with a constant lambda_p: a style, and the methods in the records.
 RIVALS = (
     (PointStyle("pWD to a target", "target", "#111111", "8", 4.5, line=True), ["pwd_target"]),

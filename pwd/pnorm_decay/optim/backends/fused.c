@@ -211,7 +211,8 @@ INLINE real closed_form(real w, int p, real step) {
   if (p == P_ONE) return x > step ? 1 - step / x : 0;
   if (p == P_TWO) return 1 / (1 + step);
   real root = step / 2 + SQRT(step * step / 4 + x), inverse = 1 / root; /* P_THREE_HALVES */
-  real lost = step * inverse, kept = x * inverse * inverse; /* together 1: the smaller is exact */
+  /* Together they are 1; the smaller one is the more precise. */
+  real lost = step * inverse, kept = x * inverse * inverse;
   return x < SMALLEST ? 0 : lost < (real)0.5 ? 1 - lost : kept;
 }
 
