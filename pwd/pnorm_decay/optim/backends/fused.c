@@ -335,8 +335,9 @@ extern "C" __global__ void step_cuda(const Launch launch) {
 #if defined(__AVX512DQ__) && STORAGE != 64
 #include <immintrin.h>
 #define ALL(x) _mm512_set1_ps(x)
-/* `power` of 16 numbers, log2 and 2^y to about 1e-7 each, in half the operations. With m in [1, 2) and c the centre of
- * that sixteenth of [1, 2) in which m lies, log2(2^e m) = e + log2(c) + log2(1 + (m / c - 1)). */
+/* `power` of 16 numbers, log2 and 2^y to about 1e-7 each, in half the operations. With m in [1, 2)
+ * and c the centre of that sixteenth of [1, 2) in which m lies,
+ * log2(2^e m) = e + log2(c) + log2(1 + (m / c - 1)). */
 INLINE __m512 power_16(__m512 x, __m512 exponent, __m512 log_step) {
   const __m512 inverse = _mm512_setr_ps( /* 1 / c, rounded */
       0.969696999f, 0.914285719f, 0.864864886f, 0.820512831f, 0.780487776f, 0.744186044f,
