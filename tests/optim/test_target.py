@@ -71,6 +71,19 @@ def test_it_is_met(p: float, wanted: float, lr: float, seed: int) -> None:
     assert not optimizer.param_groups[1]["hold_zeros"]
 
 
+@pytest.mark.parametrize("lr", [1e-3, 1e-2])
+@pytest.mark.parametrize("wanted", [0.5, 0.9, 0.98])
+def test_it_is_met_by_p_1_whose_weights_can_come_back(wanted: float, lr: float) -> None:
+    model = network()
+    optimizer = AdamPWD(param_groups(model, p=1.0, lambda_p=1.0), lr=lr)
+    target = TargetSparsity(optimizer, wanted, steps=1000)
+    train(model, optimizer, target, 1000)
+    assert abs(density_error(model, wanted)) < 0.03
+    with torch.no_grad():
+        accuracy = (model(IMAGES).argmax(1) == LABELS).float().mean()
+    assert accuracy > 0.4  # it was 0.1 with the law for p < 1, which lets all weights go at once
+
+
 @pytest.mark.parametrize(
     ("make", "p", "lr"),
     [

@@ -20,10 +20,13 @@ PROPORTIONAL, INTEGRAL = 2.0, 1.0  # gains: nats of lambda_p for an error of 1
 LARGEST_ERROR = 0.15
 LOG_FROM = 0.8  # the sparsity above which an error is one of the density's logarithm
 REGROWTH = 1.1  # the present over the least density from which on zeros no longer come back
-NEAR = 1.3  # the present over the wanted density from which on every step counts
+NEAR, NEAR_SLOWLY = 1.3, 1.1  # the present over the wanted density: then every step counts
 CLOSE = 0.01  # relative error of the density at which the decay rests
 MET = 0.03  # and at which the target counts as met
-SMALLEST_FREE = 0.01  # Q / m below which an exact step's zeros would come back all at once
+SMALLEST_FREE = 0.01  # Q / m below which weights that can come back would do so all at once
+SLOW_P = 0.95  # the p above which a small weight takes long to become 0, and can come back
+FALLING = 1e-6  # of m: the size below which such a weight is on its way to 0
+FEWEST = 0.6  # weights that are not on their way, over the wanted density
 AT_REST = 1e-30  # of a tensor lambda_p, which a captured step reads: holds zeros, moves nothing
 
 SAMPLE = 2**17  # weights that the quantile is estimated from
@@ -57,16 +60,22 @@ class TargetSparsity:
     weights fall as fast as the way asks for against the gradients' pull. Near the target, every
     step counts; and since zeros stay, it is approached from below and hardly passed.
 
+    With `p = 1` (above 0.95) a small weight is multiplied by about u / lambda_p in each step, u its
+    update divided by lr: it becomes 0 after a hundred steps and more, and is back at once if
+    lambda_p comes down meanwhile. There, Q / m is at least 0.01, and e is the smaller of two: the
+    one above, and that of the weights below 1e-6 m, which are on their way to 0, with
+    `1 - (1 - S) 0.6^(S / sparsity)` for S: at most two fifths more than wanted may be.
+
     Zeros of the exact step may come back until the density is within 30 % of the wanted one. If it
     grows to 10 % above the least that there has been while a sparsity above 0.8 is wanted, they are
     held from then on: the next such swing would be larger.
 
     The count is read one interval later, so that no step waits for a GPU. It adds over processes.
 
-    **Where it fails.** With `p = 1` a weight falls only while lambda_p is above its u: it needs a
-    long run, and a short one may lose its accuracy or miss the target. Above 1 there are no zeros
-    but whole dead neurons. Weights that get no gradients are counted but never fall. Another
-    scheduler of `lambda_p` beside this one works against it.
+    **Where it fails.** With `p = 1` it needs a thousand steps; a short run may lose its accuracy or
+    miss the target. Above 1 there are no zeros but whole dead neurons. Weights that get no
+    gradients are counted but never fall. Another scheduler of `lambda_p` beside this one works
+    against it.
 
     Args:
         optimizer: AdamPWD or SGDPWD, or any optimizer with `attach_pnorm_decay`.
@@ -200,25 +209,30 @@ class TargetSparsity:
             self.is_resting = True
             self._set(0.0)
             return
-        error = wanted - present
-        if wanted > LOG_FROM:
-            if 1 - present > REGROWTH * self._least:  # a swing that would grow
-                for group in self._decaying():
-                    group["hold_zeros"] = True
-            error = 0.25 * math.log((1 - present) / (1 - wanted))
-        error = max(-LARGEST_ERROR, min(LARGEST_ERROR, error))
+        if wanted > LOG_FROM and 1 - present > REGROWTH * self._least:
+            for group in self._decaying():  # a swing that would grow
+                group["hold_zeros"] = True
+        error, is_slow = _error(wanted, present), self._falls_slowly()
+        if is_slow:
+            most = 1 - (1 - wanted) * FEWEST ** (wanted / self.sparsity)
+            falling = census.share_below(FALLING * self._median)
+            error = min(error, _error(most, falling))
         self._sum += error / self.interval if self._is_near() else error
         group = max(self._decaying(), key=lambda group: group["initial_lambda_p"])
         p, lr = float(group["p"]), float(group.get("initial_lr") or group["lr"])
         speed = max(0.5, 2 - p) * max(lr, 1e-12) * self._lead()
         size = census.quantile(self.wanted(self._lead())) / self._median
-        if group["exact"] and not group["hold_zeros"]:
+        if is_slow or (group["exact"] and not group["hold_zeros"]):
             size = max(size, SMALLEST_FREE)
         gain = math.exp(PROPORTIONAL * error + INTEGRAL * self._sum)
         self._set(self._median ** (2 - p) / speed * math.sqrt(size) * gain)
 
     def _is_near(self) -> bool:
-        return 1 - self.present <= NEAR * (1 - self.sparsity)
+        near = NEAR_SLOWLY if self._falls_slowly() else NEAR
+        return 1 - self.present <= near * (1 - self.sparsity)
+
+    def _falls_slowly(self) -> bool:
+        return any(float(g["p"]) > SLOW_P and not g["exact"] for g in self._decaying())
 
     def _lead(self) -> float:
         return max(1.0, LEAD * (self.end - self.begin))
@@ -273,6 +287,13 @@ class TargetSparsity:
             f"exactly zero instead of {self.sparsity:g}: {reason}.",
             stacklevel=3,
         )
+
+
+def _error(wanted: float, present: float) -> float:
+    error = wanted - present
+    if wanted > LOG_FROM:
+        error = 0.25 * math.log(max(1 - present, 1e-9) / (1 - wanted))
+    return max(-LARGEST_ERROR, min(LARGEST_ERROR, error))
 
 
 def _is_count(value: Any) -> bool:
@@ -331,6 +352,13 @@ class _Census:
         """The fraction of exact zeros."""
         total, zeros = self.read()[:2]
         return zeros / max(total, 1)
+
+    def share_below(self, size: float) -> float:
+        """The share of the weights that are smaller than this, rounded up to a bin, or 0."""
+        _, _, sampled, *sizes = self.read()
+        low, high = LOG_RANGE
+        first = math.ceil((math.log2(size) - low) / (high - low) * BINS)
+        return 1 - (1 - self.sparsity()) * sum(sizes[max(0, first) :]) / max(sampled, 1)
 
     def quantile(self, share: float) -> float:
         """The size below which this share of the weights lies, interpolated between bins.
