@@ -107,7 +107,7 @@ soak: $(READY) ## kill and resume a run fifty times, and compare the bits (sever
 test: $(READY) ## run the tests
 	$(BIN)/python -m pytest
 
-test-slow: $(READY) ## run the tests that take long: killed runs, notebooks, clusters, the rehearsal of scripts/gpu.py
+test-slow: $(READY) ## run the tests that take long: killed runs, several processes, notebooks, clusters, scripts/gpu.py
 	$(BIN)/python -m pytest -m slow
 
 test-ray: $(READY) ## run the tests of the cluster launchers, with Ray, which .venv then holds as well

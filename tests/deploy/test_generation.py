@@ -223,6 +223,7 @@ def test_what_compiled_code_does_not_know_is_done_in_python():
     assert generation.compiled_step(fast, fast.new_cache()) is None
 
 
+@pytest.mark.slow
 def test_a_network_through_torch_compile_writes_the_same_text():
     model, prompt = network(0.5), torch.tensor([1, 2, 3])
     compiled = torch.compile(model, backend="eager", dynamic=True)

@@ -88,6 +88,7 @@ def test_a_checkpoint_of_another_version_is_left_out(run_program, places, tmp_pa
 SWEEP = ["-m", DIGITS, *SHORT, "optimizer.p=0.5,1.5", "optimizer.lr=1e-3,1e-2"]
 
 
+@pytest.mark.slow
 def test_a_killed_multirun_does_only_what_is_missing_and_the_same_anywhere(
     run_program, places, tmp_path
 ):
@@ -276,6 +277,7 @@ def test_a_folder_that_cannot_be_written_is_one_clear_line(run_program, tmp_path
     assert len(done.err.splitlines()) == 1
 
 
+@pytest.mark.slow
 def test_two_processes_train_as_one(run_program, tmp_path):
     arguments = [
         "experiment=demo/nanogpt_pydoc",

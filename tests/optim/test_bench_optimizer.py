@@ -59,6 +59,7 @@ def test_it_writes_a_row_for_each_optimizer_and_p(
     assert "ours, fused, p = 0.8" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_a_process_of_its_own_measures_first_step_and_memory(bench: Any, tmp_path: Path) -> None:
     case = bench.Case("ours, fused", 0.8)
     seconds, megabytes = bench.in_own_process("nanogpt", case, str(tmp_path))

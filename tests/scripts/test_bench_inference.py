@@ -87,6 +87,7 @@ def test_a_sparse_file_of_another_model_is_one_line(bench, monkeypatch, tmp_path
     assert "other.safetensors holds neither a GPT nor a ResNet18" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_memory_is_that_of_a_process_of_its_own(bench):
     small, large = (
         bench.peak_megabytes(

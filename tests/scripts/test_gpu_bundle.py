@@ -59,6 +59,7 @@ def packed(load, tmp_path):
     return folder
 
 
+@pytest.mark.slow
 def test_it_brings_what_is_missing_and_starts_the_hour(packed):
     clean = {k: v for k, v in os.environ.items() if not k.startswith(("PIP_", "PNORM_"))}
     command = [sys.executable, str(packed / "start.py"), "--minutes", "9"]

@@ -30,6 +30,7 @@ def with_seeds(row, spread):
     return pd.concat([row, *others])
 
 
+@pytest.mark.slow
 def test_a_run_done_again_is_as_recorded_and_a_false_record_is_found(run_program, tmp_path):
     true, false = quickest(), quickest("nanogpt_pydoc")
     false["val_accuracy"] -= 12

@@ -26,7 +26,6 @@ PLACES = {
     "p": ["optimizer.p"],
     "lambda_p": ["optimizer.lambda_p", "optimizer.weight_decay"],
     "lr": ["optimizer.lr"],
-    "seed": ["seed"],
     "target_sparsity": ["pruning.sparsity", "decay_schedule.sparsity"],
 }
 
@@ -54,19 +53,31 @@ def of_method(experiment: str, method: str) -> Any:
     return cfg, plain
 
 
+@cache
+def but_for_the_seed(experiment: str, method: str, is_fp32: bool, **columns: float) -> Any:
+    """The config of a recorded run, resolved: seeds, which nothing refers to, differ in it alone."""
+    cfg, plain = of_method(experiment, method)
+    HydraConfig.instance().set_config(cfg)
+    own = plain.copy()
+    for column, value in columns.items():
+        place = next(p for p in PLACES[column] if OmegaConf.select(own, p) is not None)
+        OmegaConf.update(own, place, value)
+    if is_fp32:  # "auto" stands for bf16
+        own.trainer.precision = "fp32"
+    return OmegaConf.to_container(own, resolve=True)
+
+
 def settings_of(experiment: str, row: dict[str, Any]) -> Settings:
     """The settings of a recorded run."""
-    cfg, plain = of_method(experiment, row["method"])
-    if HydraConfig.instance().cfg is not cfg:
-        HydraConfig.instance().set_config(cfg)
-    own = plain.copy()
-    for column, places in PLACES.items():
-        there = [place for place in places if OmegaConf.select(own, place) is not None]
-        if there and not pd.isna(row[column]):
-            OmegaConf.update(own, there[0], row[column])
-    if str(row["device"]).endswith("fp32"):  # "auto" stands for bf16
-        own.trainer.precision = "fp32"
-    return Settings.from_config(own)
+    _, plain = of_method(experiment, row["method"])
+    columns = {
+        column: row[column]
+        for column, places in PLACES.items()
+        if not pd.isna(row[column]) and any(OmegaConf.select(plain, p) is not None for p in places)
+    }
+    is_fp32 = str(row["device"]).endswith("fp32")
+    config = but_for_the_seed(experiment, row["method"], is_fp32, **columns)
+    return Settings.from_config({**config, "seed": row["seed"]})
 
 
 @pytest.fixture(autouse=True)

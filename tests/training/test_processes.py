@@ -91,6 +91,7 @@ def drawn(folder: Path, rank: int, step: int) -> str:
     return (folder / f"random.{rank}.{step}").read_text()
 
 
+@pytest.mark.slow
 def test_two_processes_stop_and_go_on_together(run_program, tmp_path, capfd):
     whole, stopped, alone = tmp_path / "whole", tmp_path / "stopped", tmp_path / "alone"
     assert two_processes(whole) == [0, 0]
