@@ -55,7 +55,7 @@ def of_method(experiment: str, method: str) -> Any:
 
 @cache
 def but_for_the_seed(experiment: str, method: str, is_fp32: bool, **columns: float) -> Any:
-    """The config of a recorded run, resolved: seeds, which nothing refers to, differ in it alone."""
+    """A recorded run's config, resolved; its seed, which nothing refers to, is put in later."""
     cfg, plain = of_method(experiment, method)
     HydraConfig.instance().set_config(cfg)
     own = plain.copy()
