@@ -102,7 +102,17 @@ def test_what_happens_to_one_process_costs_no_other_run(start):
     wait_for_end(another, after)
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP, signal.SIGINT])
+SLOW = pytest.mark.slow
+
+
+@pytest.mark.parametrize(
+    "number",
+    [
+        signal.SIGTERM,
+        pytest.param(signal.SIGHUP, marks=SLOW),
+        pytest.param(signal.SIGINT, marks=SLOW),
+    ],
+)
 def test_a_sweep_that_is_asked_to_stop_stops_every_process(start, number):
     sweep = start("0,1,2")
     first, second = sweep.process(0), sweep.process(1)
@@ -120,6 +130,7 @@ def test_a_sweep_that_is_asked_to_stop_stops_every_process(start, number):
     wait_for_end(first, second)
 
 
+@SLOW
 def test_the_processes_of_a_killed_sweep_save_and_end(start):
     sweep = start("0,1,2")
     pids = sweep.process(0), sweep.process(1)
@@ -131,6 +142,7 @@ def test_the_processes_of_a_killed_sweep_save_and_end(start):
     assert "Traceback" not in sweep.log.read_text()
 
 
+@SLOW
 def test_idle_processes_of_a_killed_sweep_end_too(start):
     sweep = start("0,1")
     busy, idle = sweep.process(0), sweep.process(1)
@@ -168,7 +180,10 @@ def test_ctrl_c_before_anything_has_begun_is_quiet(start, monkeypatch):
     assert "Traceback" not in log
 
 
-@pytest.mark.parametrize(("setting", "at_once"), [("runs_per_gpu=auto", 4), ("runs_per_gpu=3", 6)])
+@pytest.mark.parametrize(
+    ("setting", "at_once"),
+    [("runs_per_gpu=auto", 4), pytest.param("runs_per_gpu=3", 6, marks=SLOW)],
+)
 def test_runs_share_a_gpu_as_measured_or_as_asked_for(start, monkeypatch, setting, at_once):
     monkeypatch.setenv("PRETENDED_GPUS", "2")
     sweep = start("0,1,2,3,4,5,6", at_once=setting)
