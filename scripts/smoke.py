@@ -75,9 +75,11 @@ def weights(**options: Any) -> Tensor:
 
 
 def try_optimizers() -> None:
-    reference = weights(fused=False, foreach=False)
-    for options in ({"fused": True}, {"foreach": True}, {}):
-        torch.testing.assert_close(weights(**options), reference, rtol=1e-3, atol=1e-5)
+    for exact in (False, True):
+        reference = weights(exact=exact, fused=False, foreach=False)
+        for options in ({"fused": True}, {"foreach": True}, {}):
+            ours = weights(exact=exact, **options)
+            torch.testing.assert_close(ours, reference, rtol=1e-3, atol=1e-5)
     model = network()
     optimizer: torch.optim.Optimizer = SGDPWD(param_groups(model, p=1, lambda_p=1e-3), lr=0.1)
     assert train(model, optimizer, steps=2).isfinite()

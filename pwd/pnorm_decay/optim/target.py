@@ -232,7 +232,7 @@ class TargetSparsity:
         return 1 - self.present <= near * (1 - self.sparsity)
 
     def _falls_slowly(self) -> bool:
-        return any(float(g["p"]) > SLOW_P and not g["exact"] for g in self._decaying())
+        return any(not g["exact"] and float(g["p"]) > SLOW_P for g in self._decaying())
 
     def _lead(self) -> float:
         return max(1.0, LEAD * (self.end - self.begin))
