@@ -26,7 +26,7 @@ MET = 0.03  # and at which the target counts as met
 SMALLEST_FREE = 0.01  # Q / m below which weights that can come back would do so all at once
 SLOW_P = 0.95  # the p above which a small weight takes long to become 0, and can come back
 FALLING = 1e-6  # of m: the size below which such a weight is on its way to 0
-FEWEST = 0.6  # weights that are not on their way, over the wanted density
+FEWEST = 0.6  # the share of weights that may be not on their way, over the wanted density
 AT_REST = 1e-30  # of a tensor lambda_p, which a captured step reads: holds zeros, moves nothing
 
 SAMPLE = 2**17  # weights that the quantile is estimated from
@@ -60,11 +60,12 @@ class TargetSparsity:
     weights fall as fast as the way asks for against the gradients' pull. Near the target, every
     step counts; and since zeros stay, it is approached from below and hardly passed.
 
-    With `p = 1` (above 0.95) a small weight is multiplied by about u / lambda_p in each step, u its
-    update divided by lr: it becomes 0 after a hundred steps and more, and is back at once if
-    lambda_p comes down meanwhile. There, Q / m is at least 0.01, and e is the smaller of two: the
-    one above, and that of the weights below 1e-6 m, which are on their way to 0, with
-    `1 - (1 - S) 0.6^(S / sparsity)` for S: at most two fifths more than wanted may be.
+    With `p = 1` (above 0.95) a small weight is multiplied by about u / lambda_p in each step, where
+    u is its update divided by lr. It takes a hundred steps and more to become 0, and is back at
+    once if lambda_p comes down meanwhile. So Q / m is taken as 0.01 at least, and the weights below
+    1e-6 m, zeros among them, are counted as falling. e is the smaller of two errors: the one above,
+    and the same error of the falling weights, which wants `1 - (1 - S) 0.6^(S / sparsity)` of them:
+    those that are not falling never get much fewer than 0.6 of the wanted density.
 
     Zeros of the exact step may come back until the density is within 30 % of the wanted one. If it
     grows to 10 % above the least that there has been while a sparsity above 0.8 is wanted, they are
