@@ -34,6 +34,17 @@ def test_counts_the_decayed_weights_below_the_threshold(model: nn.Module) -> Non
     assert layer_sparsity(model) == {"0.weight": 5 / 20, "2.weight": 0.0}
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+def test_zeros_of_every_dtype_are_found(model: nn.Module, dtype: torch.dtype) -> None:
+    """In float16 the threshold itself would be rounded to 0."""
+    model = model.to(dtype).requires_grad_(True)
+    model[2].weight.data.fill_(1.0)
+    assert sparsity(model) == 5 / 30
+    assert structured_share(model) == 4 / 5
+    with zeroed(model):
+        assert zero_fraction(model) == 5 / 30
+
+
 def test_frozen_and_shared_parameters(model: nn.Module) -> None:
     model.append(nn.Linear(5, 2, bias=False))
     model[3].weight = model[2].weight

@@ -68,7 +68,7 @@ def structured_share(
     """
     small_count = in_units = 0
     for tensor in _decayed(model_or_parameters):
-        small = (tensor.abs() < threshold).unsqueeze(-1).flatten(2)  # (outputs, inputs, kernel)
+        small = _is_small(tensor, threshold).unsqueeze(-1).flatten(2)  # (outputs, inputs, kernel)
         of_unit = small.all((1, 2), keepdim=True) | small.all((0, 2), keepdim=True)
         small_count += int(small.sum())
         in_units += int(of_unit.expand_as(small).sum())
@@ -92,7 +92,7 @@ def zeroed(model: nn.Module, threshold: float = 1e-13) -> Iterator[nn.Module]:
     saved = []
     with torch.no_grad():
         for tensor in map(local_part, _decayed(model)):
-            small = tensor.abs() < threshold
+            small = _is_small(tensor, threshold)
             saved.append((tensor, small, tensor[small]))
             tensor.masked_fill_(small, 0)
     try:
@@ -120,12 +120,18 @@ def _decayed(model_or_parameters: nn.Module | Iterable[Tensor]) -> list[Tensor]:
     return tensors
 
 
+def _is_small(tensor: Tensor, threshold: float) -> Tensor:
+    if tensor.dtype == torch.float16:
+        tensor = tensor.float()  # 1e-13 would be rounded to 0 there, and nothing is below 0
+    return tensor.abs() < threshold
+
+
 def _count(tensors: list[Tensor], threshold: float | None) -> list[int]:
     """How many elements of each tensor are below the threshold, or zero, with one host sync."""
     if not tensors:
         return []
     counts = [
-        (tensor == 0).sum() if threshold is None else (tensor.abs() < threshold).sum()
+        (tensor == 0 if threshold is None else _is_small(tensor, threshold)).sum()
         for tensor in tensors
     ]
     added = [whole(count) for count in counts]

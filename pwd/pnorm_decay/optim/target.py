@@ -24,7 +24,7 @@ NEAR, NEAR_SLOWLY = 1.3, 1.1  # the present over the wanted density: then every 
 CLOSE = 0.01  # relative error of the density at which the decay rests
 MET = 0.03  # and at which the target counts as met
 SMALLEST_FREE = 0.01  # Q / m below which weights that can come back would do so all at once
-SLOW_P = 0.95  # the p above which a small weight takes long to become 0, and can come back
+SLOW_P = 0.97  # the p above which a small weight takes long to become 0, and can come back
 FALLING = 1e-6  # of m: the size below which such a weight is on its way to 0
 FEWEST = 0.6  # the share of weights that may be not on their way, over the wanted density
 AT_REST = 1e-30  # of a tensor lambda_p, which a captured step reads: holds zeros, moves nothing
@@ -60,12 +60,13 @@ class TargetSparsity:
     weights fall as fast as the way asks for against the gradients' pull. Near the target, every
     step counts; and since zeros stay, it is approached from below and hardly passed.
 
-    With `p = 1` (above 0.95) a small weight is multiplied by about u / lambda_p in each step, where
+    With `p = 1` (above 0.97) a small weight is multiplied by about u / lambda_p in each step, where
     u is its update divided by lr. It takes a hundred steps and more to become 0, and is back at
     once if lambda_p comes down meanwhile. So Q / m is taken as 0.01 at least, and the weights below
     1e-6 m, zeros among them, are counted as falling. e is the smaller of two errors: the one above,
     and the same error of the falling weights, which wants `1 - (1 - S) 0.6^(S / sparsity)` of them:
-    those that are not falling never get much fewer than 0.6 of the wanted density.
+    those that are not falling never get much fewer than 0.6 of the wanted density. Since what falls
+    goes on falling, such a run may be at its target before `end`.
 
     Zeros of the exact step may come back until the density is within 30 % of the wanted one. If it
     grows to 10 % above the least that there has been while a sparsity above 0.8 is wanted, they are
@@ -73,8 +74,9 @@ class TargetSparsity:
 
     The count is read one interval later, so that no step waits for a GPU. It adds over processes.
 
-    **Where it fails.** With `p = 1` it needs a thousand steps; a short run may lose its accuracy or
-    miss the target. Above 1 there are no zeros but whole dead neurons. Weights that get no
+    **Where it fails.** With `p = 1` a run needs a thousand steps, 600 of them between `begin` and
+    `end`, and several times as many with SGD without momentum; a shorter one may lose its accuracy
+    or miss the target. Above 1 there are no zeros but whole dead neurons. Weights that get no
     gradients are counted but never fall. Another scheduler of `lambda_p` beside this one works
     against it.
 
@@ -229,8 +231,10 @@ class TargetSparsity:
         self._set(self._median ** (2 - p) / speed * math.sqrt(size) * gain)
 
     def _is_near(self) -> bool:
-        near = NEAR_SLOWLY if self._falls_slowly() else NEAR
-        return 1 - self.present <= near * (1 - self.sparsity)
+        return self._is_within(NEAR_SLOWLY if self._falls_slowly() else NEAR)
+
+    def _is_within(self, ratio: float) -> bool:
+        return 1 - self.present <= ratio * (1 - self.sparsity)
 
     def _falls_slowly(self) -> bool:
         return any(not g["exact"] and float(g["p"]) > SLOW_P for g in self._decaying())
@@ -251,7 +255,7 @@ class TargetSparsity:
                 group["lambda_p"] = value
             # pWD's zeros stay while lambda_p is above 0, and must where it comes down to 0. Those
             # of the exact step may come back until the target is near, or too many do.
-            if self.is_resting or self._is_near() or not group["exact"]:
+            if self.is_resting or not group["exact"] or self._is_within(NEAR):
                 group["hold_zeros"] = True
 
     def _decaying(self) -> list[Group]:
@@ -355,11 +359,13 @@ class _Census:
         return zeros / max(total, 1)
 
     def share_below(self, size: float) -> float:
-        """The share of the weights that are smaller than this, rounded up to a bin, or 0."""
+        """The share of the weights, zeros among them, whose sizes' bins end at most there."""
         _, _, sampled, *sizes = self.read()
         low, high = LOG_RANGE
-        first = math.ceil((math.log2(size) - low) / (high - low) * BINS)
-        return 1 - (1 - self.sparsity()) * sum(sizes[max(0, first) :]) / max(sampled, 1)
+        number = max(0, math.floor((math.log2(size) - low) / (high - low) * BINS))
+        tiny = sampled - sum(sizes)  # below the first bin
+        zeros, found = self.sparsity(), (tiny + sum(sizes[:number])) / max(sampled, 1)
+        return zeros + (1 - zeros) * found
 
     def quantile(self, share: float) -> float:
         """The size below which this share of the weights lies, interpolated between bins.
