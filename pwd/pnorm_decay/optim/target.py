@@ -281,12 +281,11 @@ class TargetSparsity:
         if abs(self.present - self.sparsity) <= MET * (1 - self.sparsity):
             return
         if self.present > self.sparsity:
-            reason = "more weights than that were zero already, or fell between two counts"
+            reason = "more weights than that were zero already, or fell at once (train for longer)"
         elif self._largest_p() > 1:
             reason = self._above_1()
         else:
-            reason = "the run was too short, or its learning rate too small"
-            reason += ", for p = 1" if self._largest_p() == 1 else ""
+            reason = "the run was too short (take a thousand steps), or its learning rate too small"
         warnings.warn(
             f"TargetSparsity: after {self.steps} steps {self.present:.4f} of the weights are "
             f"exactly zero instead of {self.sparsity:g}: {reason}.",
