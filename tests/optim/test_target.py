@@ -327,16 +327,24 @@ def test_a_state_sets_lambda_p_whatever_was_built_first() -> None:
     assert before[0] > 0
 
 
-@pytest.mark.parametrize(("second", "are_held"), [(0.845, False), (0.8, True)])
+@pytest.mark.parametrize(
+    ("wanted", "first", "second", "are_held"),
+    [
+        (0.98, 0.85, 0.845, False),
+        (0.98, 0.85, 0.8, True),
+        (0.8, 0.7, 0.68, False),
+        (0.8, 0.7, 0.65, True),
+    ],
+)
 def test_zeros_of_the_exact_step_are_held_once_too_many_come_back(
-    second: float, are_held: bool
+    wanted: float, first: float, second: float, are_held: bool
 ) -> None:
     """As in a run of ResNet18 whose density swung between two and four times the wanted one."""
     weight = nn.Parameter(torch.ones(1000))
     optimizer = AdamPWD([{"params": [weight], "p": 0.8, "lambda_p": 1.0}], exact=True)
-    target = TargetSparsity(optimizer, 0.98, steps=1000, interval=1)
-    target.last_epoch = 500  # where the way asks for more than 0.9
-    for share in (0.85, 0.85, (0.85 + second) / 2, second, second):
+    target = TargetSparsity(optimizer, wanted, steps=1000, interval=1)
+    target.last_epoch = 500  # where the way asks for nearly all of it
+    for share in (first, first, (first + second) / 2, second, second):
         weight.data = (torch.arange(1000) >= 1000 * share).float()
         target.step()
     assert optimizer.param_groups[0]["hold_zeros"] == are_held

@@ -19,7 +19,8 @@ LEAD = 0.1  # how far ahead of the present step the way is looked at, as a fract
 PROPORTIONAL, INTEGRAL = 2.0, 1.0  # gains: nats of lambda_p for an error of 1
 LARGEST_ERROR = 0.15
 LOG_FROM = 0.8  # the sparsity above which an error is one of the density's logarithm
-REGROWTH = 1.1  # the present over the least density from which on zeros no longer come back
+LATE = 0.8  # the share of the target above which zeros that come back are watched
+REGROWTH = 1.1  # the present over the least density from which on they no longer come back
 NEAR, NEAR_SLOWLY = 1.3, 1.1  # the present over the wanted density: then every step counts
 CLOSE = 0.01  # relative error of the density at which the decay rests
 MET = 0.03  # and at which the target counts as met
@@ -68,9 +69,9 @@ class TargetSparsity:
     those that are not falling never get much fewer than 0.6 of the wanted density. Since what falls
     goes on falling, such a run may be at its target before `end`.
 
-    Zeros of the exact step may come back until the density is within 30 % of the wanted one. If it
-    grows to 10 % above the least that there has been while a sparsity above 0.8 is wanted, they are
-    held from then on: the next such swing would be larger.
+    Zeros of the exact step may come back until the density is within 30 % of the wanted one. If,
+    once S is above 0.8 of the target, the density is 10 % above the least that there has been, they
+    are held from then on: the next such swing would be larger.
 
     The count is read one interval later, so that no step waits for a GPU. It adds over processes.
 
@@ -212,7 +213,7 @@ class TargetSparsity:
             self.is_resting = True
             self._set(0.0)
             return
-        if wanted > LOG_FROM and 1 - present > REGROWTH * self._least:
+        if wanted > LATE * self.sparsity and 1 - present > REGROWTH * self._least:
             for group in self._decaying():  # a swing that would grow
                 group["hold_zeros"] = True
         error, is_slow = _error(wanted, present), self._falls_slowly()
