@@ -27,7 +27,7 @@ MET = 0.03  # and at which the target counts as met
 SMALLEST_FREE = 0.01  # Q / m below which weights that can come back would do so all at once
 SLOW_P = 0.97  # the p above which a small weight takes long to become 0, and can come back
 FALLING = 1e-6  # of m: the size below which such a weight is on its way to 0
-FEWEST = 0.6  # the share of weights that may be not on their way, over the wanted density
+FEWEST = 0.6  # the density of weights that are not falling, over the wanted one, at the least
 AT_REST = 1e-30  # of a tensor lambda_p, which a captured step reads: holds zeros, moves nothing
 
 SAMPLE = 2**17  # weights that the quantile is estimated from
@@ -359,7 +359,7 @@ class _Census:
         return zeros / max(total, 1)
 
     def share_below(self, size: float) -> float:
-        """The share of the weights, zeros among them, whose sizes' bins end at most there."""
+        """The share of the weights, zeros among them, smaller than this, rounded down to a bin."""
         _, _, sampled, *sizes = self.read()
         low, high = LOG_RANGE
         number = max(0, math.floor((math.log2(size) - low) / (high - low) * BINS))
