@@ -16,6 +16,7 @@ from typing import Any
 
 import pytest
 import torch
+from hydra._internal.hydra import Hydra
 from hypothesis import HealthCheck, settings
 
 REPOSITORY = Path(__file__).resolve().parent.parent
@@ -91,6 +92,8 @@ def run_program(
             pytest.importorskip("sklearn")
         monkeypatch.setattr(sys, "argv", [program, *arguments])
         monkeypatch.setenv("COLUMNS", "200")
+        # Whether the config sets hydra.mode, for which Hydra composes all of it; ours never does.
+        monkeypatch.setattr(Hydra, "get_mode", lambda *args, **options: None)
         code: object = 0
         try:
             runpy.run_path(str(REPOSITORY / program), run_name="__main__")

@@ -106,6 +106,10 @@ TRIED = [
     ("seed=[0,1] -m", "seed=[0, 1]: must be a whole number from 0"),
     ("-m optimizer.p=0.8,abc", f"optimizer.p=abc: {FROM_0}"),
     ("optimizer.lr=1e-3,abc -m optimizer.p=0.5,0.8", f"optimizer.lr=abc: {FROM_0}"),
+    (
+        "-m seed=0,1 hydra.launcher.runs_per_gpu=0",
+        "hydra.launcher.runs_per_gpu=0: must be auto or a whole number of at least 1",
+    ),
     ("-m sweep=pwd --cfg job", "-m, --cfg: -m runs a sweep, --cfg shows one config"),
     ("--info -m sweep=pwd", "-m, --info: -m runs a sweep"),
     # Out of range.

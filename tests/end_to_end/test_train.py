@@ -247,6 +247,7 @@ def test_a_recorded_run_is_not_done_again(run_program, places, tmp_path):
     assert results(tmp_path) == []
 
 
+@pytest.mark.slow
 def test_repeat_best_repeats_the_best_recorded_runs_alone(
     run_program, places, tmp_path, monkeypatch
 ):

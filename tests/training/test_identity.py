@@ -43,21 +43,21 @@ def composed(experiment: str, *overrides: str) -> Any:
 
 @cache
 def of_method(experiment: str, method: str) -> Any:
-    """What a recorded method was composed as, without Hydra's part, whose copies take long."""
+    """What a recorded method was composed as: Hydra's part, whose copies take long, and ours."""
     pruning = ["pruning=dwf"] if method == "dwf" else []
     cfg = composed(experiment, f"sweep={SWEEPS.get(method, method)}", *pruning)
     plain = cfg.copy()
     with open_dict(plain):
         del plain["hydra"]
     plain.experiment_name, plain.sweep_name = experiment, "none"
-    return cfg, plain
+    HydraConfig.instance().set_config(cfg)
+    return HydraConfig.instance().cfg, plain
 
 
 @cache
 def but_for_the_seed(experiment: str, method: str, is_fp32: bool, **columns: float) -> Any:
     """A recorded run's config, resolved; its seed, which nothing refers to, is put in later."""
-    cfg, plain = of_method(experiment, method)
-    HydraConfig.instance().set_config(cfg)
+    HydraConfig.instance().cfg, plain = of_method(experiment, method)
     own = plain.copy()
     for column, value in columns.items():
         place = next(p for p in PLACES[column] if OmegaConf.select(own, p) is not None)

@@ -198,12 +198,3 @@ def test_runs_share_a_gpu_as_measured_or_as_asked_for(start, monkeypatch, settin
     assert ("2 runs share a GPU: one takes 0.0 GiB and 50 % of its time" in log) == (
         setting == "runs_per_gpu=auto"
     )
-
-
-def test_a_bad_number_of_runs_is_one_line(start):
-    sweep = start("0,1", TRAIN, at_once="runs_per_gpu=0")
-    code, log = sweep.end()
-    assert code == 2
-    assert log == (
-        "error: hydra.launcher.runs_per_gpu=0: must be auto or a whole number of at least 1\n"
-    )

@@ -21,7 +21,7 @@ from pnorm_decay.training import run as running
 from pnorm_decay.training import stopping
 from pnorm_decay.training.trainer import Training
 
-STEPS = 50
+STEPS = 25
 SHORT = 5  # into the second epoch of digits: the pretended device takes its time
 FIRST = 3  # what is done once, such as building a kernel, is done in the first steps
 META = torch.device("meta")

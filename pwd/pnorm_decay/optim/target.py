@@ -58,8 +58,10 @@ class TargetSparsity:
     says too late that it is too large. Q says it at once: when the last weights that are to go are
     on their way to 0, Q falls with them and takes lambda_p with it, which then pushes on what is
     nearly 0 and lets the next larger ones go. The sum of e finds, slowly, the strength at which
-    weights fall as fast as the way asks for against the gradients' pull. Near the target, every
-    step counts; and since zeros stay, it is approached from below and hardly passed.
+    weights fall as fast as the way asks for against the gradients' pull. Near the target every
+    step counts, at first as a part of an interval and, in the second half of what follows `end`, as
+    a whole one: by then lr is mostly small and weights fall slowly. Since zeros stay, the target is
+    approached from below and hardly passed.
 
     With `p = 1` (above 0.97) a small weight is multiplied by about u / lambda_p in each step, where
     u is its update divided by lr. It takes a hundred steps and more to become 0, and is back at
@@ -221,7 +223,8 @@ class TargetSparsity:
             most = 1 - (1 - wanted) * FEWEST ** (wanted / self.sparsity)
             falling = census.share_below(FALLING * self._median)
             error = min(error, _error(most, falling))
-        self._sum += error / self.interval if self._is_near() else error
+        every_step = self._is_near() and (is_slow or not self._is_late())
+        self._sum += error / self.interval if every_step else error
         group = max(self._decaying(), key=lambda group: group["initial_lambda_p"])
         p, lr = float(group["p"]), float(group.get("initial_lr") or group["lr"])
         speed = max(0.5, 2 - p) * max(lr, 1e-12) * self._lead()
@@ -233,6 +236,9 @@ class TargetSparsity:
 
     def _is_near(self) -> bool:
         return self._is_within(NEAR_SLOWLY if self._falls_slowly() else NEAR)
+
+    def _is_late(self) -> bool:
+        return self.last_epoch > (self.end + self.steps) / 2
 
     def _is_within(self, ratio: float) -> bool:
         return 1 - self.present <= ratio * (1 - self.sparsity)
