@@ -9,11 +9,14 @@ NOTEBOOKS ?= cache
 MINUTES ?= 45
 GPU_PYTHON ?= 3.12
 # What figures, tables and the explorer are made of.
-DRAWN_BY := $(wildcard scripts/plot.py scripts/tables.py scripts/explorer.py experiments/toy.py \
-	pwd/pnorm_decay/*.py pwd/pnorm_decay/figures/*) $(READY)
+DRAWN_BY := $(filter-out %/__pycache__,$(wildcard scripts/plot.py scripts/tables.py scripts/explorer.py \
+	experiments/toy.py pwd/pnorm_decay/*.py pwd/pnorm_decay/figures/*)) $(READY)
 DRAWN_FROM = $(wildcard $(foreach scale,demo cpu wide paper,results/$(scale)/*.csv \
 	results/$(scale)/weights/*.csv) results/bench/*.csv)
 DRAWN := results/figures/.drawn
+
+# Every process of a sweep and of the tests would compile the package anew.
+unexport PYTHONDONTWRITEBYTECODE
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:

@@ -22,7 +22,7 @@ from pnorm_decay.training import stopping
 from pnorm_decay.training.trainer import Training
 
 STEPS = 25
-SHORT = 5  # into the second epoch of digits: the pretended device takes its time
+SHORT = 4  # into the second epoch of digits: the pretended device takes its time
 FIRST = 3  # what is done once, such as building a kernel, is done in the first steps
 META = torch.device("meta")
 COMMON = ["trainer.epochs=null", "trainer.steps=1000", "trainer.eval_every=1000"]

@@ -34,7 +34,7 @@ SGD = {
     "exact": {"momentum": 0.9, "exact": True, "hold_zeros": True},
 }
 CASES = [("adam", name) for name in ADAM] + [("sgd", name) for name in SGD]
-STEPS = 40
+STEPS = 25
 EXPONENTS = [0.1, 0.5, 0.8, 1, 1.5, 1.99, 2, 3]
 
 
