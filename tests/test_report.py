@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from fractions import Fraction
 
 import pandas as pd
 import pytest
@@ -40,3 +41,26 @@ def test_every_row_of_its_tables_is_a_recorded_setting(path):
 def test_it_counts_the_recorded_runs(path):
     (state,) = re.findall(r"\*\*State\.\*\*(.*?)\n\n", REPORT, re.DOTALL)
     assert f"{len(load(path).runs)} runs" in " ".join(state.split())
+
+
+def test_its_table_of_image_targets_has_the_recorded_runs():
+    methods = {"pWD": "pwd_target", "exact step": "exact_target"}
+    methods |= {"IMP, all layers": "magnitude_global", "IMP, each layer": "magnitude"}
+    runs = load(REPOSITORY / "results" / "cpu" / "resnet18_cifar10.csv").finished
+    (table,) = re.findall(r"^\| method \| lr \| 0\.8 .*?\n\n", REPORT, re.DOTALL | re.MULTILINE)
+    head, _, *rows = (
+        [cell.strip() for cell in line[1:-1].split("|")] for line in table.splitlines() if line
+    )
+    assert len(rows) == 12
+    for name, lr, *cells in rows:
+        kind, _, p = name.partition(", p = ")
+        alike = runs[(runs["method"] == methods[kind]) & (runs["lr"] == float(lr))]
+        if p:
+            alike = alike[(alike["p"] - float(Fraction(p))).abs() < 1e-3]
+        for target, cell in zip(head[2:], cells, strict=True):
+            found = alike.loc[alike["target_sparsity"] == float(target), "val_accuracy"]
+            if not cell:
+                assert found.empty
+                continue
+            spread = f" ± {found.std():.2f}" if len(found) > 1 else ""
+            assert cell == f"{found.mean():.2f}{spread}", (name, lr, target)
