@@ -134,7 +134,7 @@ def steps(monkeypatch: pytest.MonkeyPatch, run_program: Any, tmp_path: Any) -> I
         (DIGITS, ["optimizer=proximal", "optimizer.p=0"], SHORT),
         (DIGITS, ["optimizer=adamw", "pruning=magnitude", *ONCE], SHORT),
         (DIGITS, ["optimizer=adamw", "pruning=oto"], SHORT),
-        (DIGITS, ["decay_schedule=target_sparsity"], SHORT),
+        (DIGITS, ["decay_schedule=target_sparsity"], 10),  # which steers once
         (TEXT, [], STEPS),
         (TEXT, ["optimizer=adamw"], SHORT),
         (TEXT, ["optimizer=sgd"], SHORT),

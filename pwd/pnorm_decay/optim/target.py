@@ -28,6 +28,7 @@ SMALLEST_FREE = 0.01  # Q / m below which weights that can come back would do so
 SLOW_P = 0.97  # the p above which a small weight takes long to become 0, and can come back
 FALLING = 1e-6  # of m: the size below which such a weight is on its way to 0
 FEWEST = 0.6  # the density of weights that are not falling, over the wanted one, at the least
+SLOWEST = 0.01  # of the lr at the beginning: the least lr that lambda_p makes up for
 AT_REST = 1e-30  # of a tensor lambda_p, which a captured step reads: holds zeros, moves nothing
 
 SAMPLE = 2**17  # weights that the quantile is estimated from
@@ -58,10 +59,13 @@ class TargetSparsity:
     says too late that it is too large. Q says it at once: when the last weights that are to go are
     on their way to 0, Q falls with them and takes lambda_p with it, which then pushes on what is
     nearly 0 and lets the next larger ones go. The sum of e finds, slowly, the strength at which
-    weights fall as fast as the way asks for against the gradients' pull. Near the target every
-    step counts, at first as a part of an interval and, in the second half of what follows `end`, as
-    a whole one: by then lr is mostly small and weights fall slowly. Since zeros stay, the target is
-    approached from below and hardly passed.
+    weights fall as fast as the way asks for against the gradients' pull. Near the target, every
+    step counts; and since zeros stay, it is approached from below and hardly passed.
+
+    c is computed from the lr at the beginning (`initial_lr`, which PyTorch's schedulers note).
+    Late in a run lr is mostly small, and weights fall slowly. If the target is not met half-way
+    between `end` and the last step, a second sum of e begins there and is added in the exponent,
+    kept between 0 and the logarithm of initial_lr / lr (at most of 100).
 
     With `p = 1` (above 0.97) a small weight is multiplied by about u / lambda_p in each step, where
     u is its update divided by lr. It takes a hundred steps and more to become 0, and is back at
@@ -69,7 +73,7 @@ class TargetSparsity:
     1e-6 m, zeros among them, are counted as falling. e is the smaller of two errors: the one above,
     and the same error of the falling weights, which wants `1 - (1 - S) 0.6^(S / sparsity)` of them:
     those that are not falling never get much fewer than 0.6 of the wanted density. Since what falls
-    goes on falling, such a run may be at its target before `end`.
+    goes on falling, such a run may be at its target before `end`. It has no second sum.
 
     Zeros of the exact step may come back until the density is within 30 % of the wanted one. If,
     once S is above 0.8 of the target, the density is 10 % above the least that there has been, they
@@ -81,7 +85,7 @@ class TargetSparsity:
     `end`, and several times as many with SGD without momentum; a shorter one may lose its accuracy
     or miss the target. Above 1 there are no zeros but whole dead neurons. Weights that get no
     gradients are counted but never fall. Another scheduler of `lambda_p` beside this one works
-    against it.
+    against it. A lr that jumps up again after `end` lets go more weights than wanted.
 
     Args:
         optimizer: AdamPWD or SGDPWD, or any optimizer with `attach_pnorm_decay`.
@@ -139,7 +143,7 @@ class TargetSparsity:
         self.begin, self.end = begin * steps, end * steps
         self.interval = interval or max(1, steps // UPDATES)
         self.last_epoch, self.is_resting, self.present = 0, False, math.nan
-        self._sum, self._least = 0.0, math.inf
+        self._sum, self._made_up, self._least = 0.0, 0.0, math.inf
         for group in optimizer.param_groups:
             if "hold_zeros" not in group:
                 kind = type(optimizer).__name__
@@ -188,6 +192,7 @@ class TargetSparsity:
             "is_resting": self.is_resting,
             "present": self.present,
             "sum": self._sum,
+            "made_up": self._made_up,
             "least": self._least,
             "median": self._median,
             "strength": self._strength,
@@ -199,7 +204,8 @@ class TargetSparsity:
         self.last_epoch, self.is_resting = state_dict["last_epoch"], state_dict["is_resting"]
         self.present, self._sum = state_dict["present"], state_dict["sum"]
         self._median, pending = state_dict["median"], state_dict["pending"]
-        self._least = state_dict.get("least", math.inf)  # an older version's lacks it
+        self._least = state_dict.get("least", math.inf)  # an older version's lacks both
+        self._made_up = state_dict.get("made_up", 0.0)
         self._pending = None if pending is None else _Census(pending)
         self._set(state_dict["strength"])
 
@@ -223,22 +229,21 @@ class TargetSparsity:
             most = 1 - (1 - wanted) * FEWEST ** (wanted / self.sparsity)
             falling = census.share_below(FALLING * self._median)
             error = min(error, _error(most, falling))
-        every_step = self._is_near() and (is_slow or not self._is_late())
-        self._sum += error / self.interval if every_step else error
+        self._sum += error / self.interval if self._is_near() else error
         group = max(self._decaying(), key=lambda group: group["initial_lambda_p"])
         p, lr = float(group["p"]), float(group.get("initial_lr") or group["lr"])
+        if not is_slow and self.last_epoch > (self.end + self.steps) / 2:
+            fallen = lr / max(float(group["lr"]), SLOWEST * lr, 1e-12)
+            self._made_up = max(0.0, min(self._made_up + error, math.log(max(fallen, 1.0))))
         speed = max(0.5, 2 - p) * max(lr, 1e-12) * self._lead()
         size = census.quantile(self.wanted(self._lead())) / self._median
         if is_slow or (group["exact"] and not group["hold_zeros"]):
             size = max(size, SMALLEST_FREE)
-        gain = math.exp(PROPORTIONAL * error + INTEGRAL * self._sum)
+        gain = math.exp(PROPORTIONAL * error + INTEGRAL * self._sum + self._made_up)
         self._set(self._median ** (2 - p) / speed * math.sqrt(size) * gain)
 
     def _is_near(self) -> bool:
         return self._is_within(NEAR_SLOWLY if self._falls_slowly() else NEAR)
-
-    def _is_late(self) -> bool:
-        return self.last_epoch > (self.end + self.steps) / 2
 
     def _is_within(self, ratio: float) -> bool:
         return 1 - self.present <= ratio * (1 - self.sparsity)
