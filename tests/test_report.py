@@ -59,8 +59,5 @@ def test_its_table_of_image_targets_has_the_recorded_runs():
             alike = alike[(alike["p"] - float(Fraction(p))).abs() < 1e-3]
         for target, cell in zip(head[2:], cells, strict=True):
             found = alike.loc[alike["target_sparsity"] == float(target), "val_accuracy"]
-            if not cell:
-                assert found.empty
-                continue
             spread = f" ± {found.std():.2f}" if len(found) > 1 else ""
             assert cell == f"{found.mean():.2f}{spread}", (name, lr, target)

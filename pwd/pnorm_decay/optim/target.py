@@ -85,7 +85,8 @@ class TargetSparsity:
     `end`, and several times as many with SGD without momentum; a shorter one may lose its accuracy
     or miss the target. Above 1 there are no zeros but whole dead neurons. Weights that get no
     gradients are counted but never fall. Another scheduler of `lambda_p` beside this one works
-    against it. A lr that jumps up again after `end` lets go more weights than wanted.
+    against it. A lr that jumps up again after `end` lets go more weights than wanted. The exact
+    step with p = 2/3 overshot by 8 % of the density in one of ten runs of ResNet18; take p = 1/2.
 
     Args:
         optimizer: AdamPWD or SGDPWD, or any optimizer with `attach_pnorm_decay`.
