@@ -75,6 +75,7 @@ def test_bad_inputs_are_one_line(run_program, run_folder, tmp_path_factory):
         assert message in done.err.splitlines()[-1]
 
 
+@pytest.mark.slow
 def test_a_reader_that_has_enough_gets_no_frames(run_folder):
     command = [sys.executable, str(REPOSITORY / GENERATE), str(run_folder), "--tokens", "100000"]
     writer = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE)

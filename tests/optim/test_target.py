@@ -71,7 +71,7 @@ def test_it_is_met(p: float, wanted: float, lr: float, seed: int) -> None:
     assert not optimizer.param_groups[1]["hold_zeros"]
 
 
-@pytest.mark.parametrize("lr", [1e-3, 1e-2])
+@pytest.mark.parametrize("lr", [pytest.param(1e-3, marks=pytest.mark.slow), 1e-2])
 @pytest.mark.parametrize("wanted", [0.5, 0.9, 0.98])
 def test_it_is_met_by_p_1_whose_weights_can_come_back(wanted: float, lr: float) -> None:
     model = network()

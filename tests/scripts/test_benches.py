@@ -34,6 +34,7 @@ def test_training_is_compared_with_a_straightforward_loop(load, monkeypatch, tmp
     assert "tiny" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_ways_of_doing_a_sweep_are_compared(load, monkeypatch, tmp_path, capsys):
     bench = load("bench_sweep")
     short = ["model.width=4", "trainer.epochs=null", "trainer.steps=3", "logger=none"]
@@ -140,6 +141,7 @@ def test_no_sparse_network_to_compact(load, monkeypatch, tmp_path, capsys):
     assert "no sparse network in" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_optimizers_are_compared_in_the_trainer(load, monkeypatch, tmp_path, capsys):
     bench = load("bench_training")
     monkeypatch.setattr(bench, "GPU_CASES", {"tiny": ["experiment=demo/nanogpt_pydoc"]})

@@ -180,10 +180,8 @@ def test_ctrl_c_before_anything_has_begun_is_quiet(start, monkeypatch):
     assert "Traceback" not in log
 
 
-@pytest.mark.parametrize(
-    ("setting", "at_once"),
-    [("runs_per_gpu=auto", 4), pytest.param("runs_per_gpu=3", 6, marks=SLOW)],
-)
+@SLOW
+@pytest.mark.parametrize(("setting", "at_once"), [("runs_per_gpu=auto", 4), ("runs_per_gpu=3", 6)])
 def test_runs_share_a_gpu_as_measured_or_as_asked_for(start, monkeypatch, setting, at_once):
     monkeypatch.setenv("PRETENDED_GPUS", "2")
     sweep = start("0,1,2,3,4,5,6", at_once=setting)

@@ -145,7 +145,10 @@ def test_a_cache_that_cannot_be_written_is_read(
     assert native.kernel(CPU, torch.float32) is not None
 
 
-@pytest.mark.parametrize("damage", ["cut", "changed", "empty", "foreign"])
+@pytest.mark.parametrize(
+    "damage",
+    ["cut", *(pytest.param(x, marks=pytest.mark.slow) for x in ("changed", "empty", "foreign"))],
+)
 def test_a_damaged_file_in_the_cache_is_built_again(
     cache: Path, monkeypatch: pytest.MonkeyPatch, damage: str
 ) -> None:
